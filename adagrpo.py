@@ -38,11 +38,11 @@ import argparse
 import copy
 import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -418,7 +418,10 @@ def evaluate(policy: Policy, shop: Shop, split: Split, width: int = 20) -> dict[
         figures = {f"hr@{k}": (rank < k).float() for k in (1, 5, 10, 20)}
         figures["ndcg@10"] = torch.where(rank < 10, 1 / (rank + 2).log2(), 0.0)
         figures["hallucination"] = (top < 0).float().mean(1)
-        for name, truth in (("ctr", world.true_click_probability), ("dwell", world.true_dwell_seconds)):
+        for name, truth in (
+            ("ctr", world.true_click_probability),
+            ("dwell", world.true_dwell_seconds),
+        ):
             figures[name] = shop.truth(truth, split.taste[rows], top).mean(1)
         parts.append(figures)
     result = {name: torch.cat([p[name] for p in parts]).cpu() for name in parts[0]}
@@ -433,7 +436,9 @@ def ranker_auc(shop: Shop, split: Split) -> Tensor:
     for start in range(0, len(split.target), 250):
         history = tensor(split.history[start : start + 250], shop.device)
         target = tensor(split.target[start : start + 250], shop.device)[:, None]
-        scores = shop.ranker(history, torch.arange(len(shop.codes), device=shop.device).expand(len(history), -1))
+        scores = shop.ranker(
+            history, torch.arange(len(shop.codes), device=shop.device).expand(len(history), -1)
+        )
         own = scores.gather(1, target)
         parts.append(((scores < own).float() + 0.5 * (scores == own)).mean(1))
     return torch.cat(parts).cpu()
@@ -468,14 +473,16 @@ RULES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
 
 
 def parse_arm(name: str, default_weight: float) -> tuple[str, float]:
-    """"mix-0.3" -> ("mix", 0.3); without a number the weight is the default, for nll 0."""
+    """ "mix-0.3" -> ("mix", 0.3); without a number the weight is the default, for nll 0."""
     rule, _, number = name.partition("-")
     try:
         weight = float(number) if number else default_weight * (rule != "nll")
     except ValueError:
         weight = -1.0
     if rule not in RULES or not 0 <= weight < float("inf"):
-        raise ValueError(f"arms: unknown arm {name!r}; RULE or RULE-WEIGHT, rules: {', '.join(RULES)}")
+        raise ValueError(
+            f"arms: unknown arm {name!r}; RULE or RULE-WEIGHT, rules: {', '.join(RULES)}"
+        )
     return rule, weight
 
 
@@ -559,15 +566,27 @@ def train(start: Policy, shop: Shop, arm: str, config: Config) -> dict:
             term = nll if rule == "reweight" else grpo
             loss = adagrpo_loss(nll * (rule != "grpo"), term, admit, weight)
             seen = {"admitted": admit, "easy": ~hard, "not_discriminating": hard & ~clear}
-            seen |= {"grpo": grpo, "reward": rewards, "spread": rewards.std(1), "invalid": items < 0}
+            seen |= {
+                "grpo": grpo,
+                "reward": rewards,
+                "spread": rewards.std(1),
+                "invalid": items < 0,
+            }
             seen |= {"agree_admitted": agree[gate.admit], "agree_refused": agree[~gate.admit]}
         seen = {name: value.float().mean().item() for name, value in ({"nll": nll} | seen).items()}
         show = {name: f"{seen[name]:.2f}" for name in ("nll", "reward", "admitted") if name in seen}
         since.append(seen | {"grad_norm": update(loss, **show)})
-        if step * config.checkpoints // config.steps > (step - 1) * config.checkpoints // config.steps:
-            found = {k: v.mean().item() for k, v in evaluate(policy, shop, shop.world.valid).items()}
+        if (
+            step * config.checkpoints // config.steps
+            > (step - 1) * config.checkpoints // config.steps
+        ):
+            found = {
+                k: v.mean().item() for k, v in evaluate(policy, shop, shop.world.valid).items()
+            }
             means = {name: np.array([s[name] for s in since]) for name in since[0]}
-            means = {name: float(np.nanmean(v)) for name, v in means.items() if not np.isnan(v).all()}
+            means = {
+                name: float(np.nanmean(v)) for name, v in means.items() if not np.isnan(v).all()
+            }
             log.append({"step": step} | means | {f"valid {k}": v for k, v in found.items()})
             weights["final"], since = copy.deepcopy(policy.state_dict()), []
             if found["hr@10"] > best:
@@ -579,116 +598,115 @@ def train(start: Policy, shop: Shop, arm: str, config: Config) -> dict:
     return {"best": picked, "final": final, "log": log, "weights": weights}
 
 
-# ------------------------------------------------------------------------ experiment, reports
+# ------------------------------------------------------------------------- experiment, tables
 
 BINS = ((0, 20), (20, 200), (200, 1000), (1000, 10**9))  # impressions of the target
 CELLS = ("easy, blind", "easy, clear", "hard, blind", "hard, clear")
-METRICS = {"hr@10": 100, "ndcg@10": 100, "hallucination": 100, "ctr": 100, "dwell": 1}
+METRICS = {"hr@10": 100, "ndcg@10": 100, "hallucination": 100, "ctr": 100, "dwell": 1}  # scale
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student, 1 to 9 degrees of freedom
 MIXES = ("mix-0.03", "mix-0.1", "mix-0.3", "mix-1", "mix-3", "mix-10")
 SWEEP = ("adagrpo-0.3", "adagrpo-1", "adagrpo-3", "adagrpo", "adagrpo-10", "adagrpo-30")
 CONTROLS = ("grpo", "random", "inverted", "reweight", "difficulty", "discriminability", "oracle")
 CELL_ARMS = ("easy+blind", "easy+clear", "hard+blind")  # hard+clear is adagrpo itself
-DOSES, DOSED = (0.0, 0.5), ("mix-0.3", "mix-1", "adagrpo")  # bias 1 is in the arms above
-
-
-def keep(path: Path | None, make: Callable[[], dict]) -> dict:
-    """The dict stored at `path`, or make() stored there whole or not at all (path None: no file)."""
-    if path is None:
-        return make()
-    if not path.exists():
-        write(path, lambda partial: torch.save(make(), partial))
-    return torch.load(path, map_location="cpu", weights_only=True)
+STUDY = ("nll", *MIXES, *SWEEP, *CONTROLS, *CELL_ARMS)
+DOSES, DOSED = (0.0, 0.5), ("mix-0.3", "mix-1", "adagrpo")  # the default bias is in STUDY
+QUICK_WORLD = {"pretrain": 2000, "valid": 200, "test": 600, "feed": 20_000}
+QUICK = {"steps": 40, "pretrain_epochs": 6, "ranker_epochs": 2, "group": 16, "checkpoints": 2}
 
 
 def write(path: Path, save: Callable[[Path], object]) -> None:
-    partial = path.with_name(path.name + ".partial")
+    """Let `save` write beside `path`, then rename: whole or not at all."""
+    draft = path.with_name(f"{path.name}.{os.getpid()}.draft")
     try:
-        save(partial)
-        os.replace(partial, path)
+        save(draft)
+        os.replace(draft, path)
     finally:
-        partial.unlink(missing_ok=True)
+        draft.unlink(missing_ok=True)
 
 
+def keep(path: Path | None, make: Callable[[], dict]) -> dict:
+    """What an earlier run stored at `path`, or make() stored there; without a path just make()."""
+    if path is None:
+        return make()
+    if not path.exists():
+        write(path, partial(torch.save, make()))
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+@torch.no_grad()
 def strata(policy: Policy, shop: Shop, config: Config) -> Tensor:
-    """Cell of every test user by the gate's own two tests, before post-training (N,): CELLS."""
+    """Cell of every test user (N,), an index of CELLS, by the gate's two tests before training."""
     cells, test = [], shop.world.test
     for start in range(0, len(test.target), 500):
-        history, target = (tensor(a[start : start + 500], shop.device) for a in (test.history, test.target))
-        with torch.no_grad():
-            tokens = rollout(policy, shop.prompt(history), config.group, config.kind).tokens
-        _, _, gate = judge(shop, config, history, target, tokens)
+        rows = slice(start, start + 500)
+        history, target = (tensor(a[rows], shop.device) for a in (test.history, test.target))
+        tokens = rollout(policy, shop.prompt(history), config.group, config.kind).tokens
+        gate = judge(shop, config, history, target, tokens)[2]
         hard = gate.difficulty >= config.min_difficulty
         cells.append(2 * hard + (gate.discriminability >= config.min_margin))
     return torch.cat(cells).cpu()
 
 
 def experiment(config: Config, device: torch.device, out: Path | None) -> tuple[dict, dict]:
-    """Every (seed, bias, arm) that the config asks for, each kept in `out` when it is finished."""
-    arms = list(config.arms)
-    if config.study:
-        arms = ["nll", *MIXES, *SWEEP, *CONTROLS, *CELL_ARMS]
+    """Train every (seed, bias, arm) that is asked for; in `out`, each is kept when it is done.
+
+    Returns what arms share, bases[seed, bias], and what they reached, runs[seed, bias, arm].
+    """
     seeds = range(config.seed, config.seed + config.seeds)
-    jobs = [(s, config.bias, a) for s in seeds for a in arms]
+    jobs = [(s, config.bias, a) for s in seeds for a in (STUDY if config.study else config.arms)]
     jobs += [(s, b, a) for s in seeds for b in DOSES for a in DOSED if config.study]
-    jobs.sort(key=lambda job: job[0])  # seed by seed, so that what is finished is complete
-    sizes = {"pretrain": 1500, "valid": 200, "test": 400, "feed": 20_000} if config.quick else {}
-    bases, runs, bench, started, trained = {}, {}, {}, time.time(), 0
-    for number, (seed, bias, arm) in enumerate(jobs):
+    bases, runs, started, trained = {}, {}, time.time(), 0
 
-        def file(name):
-            return out and out / f"seed{seed}-bias{bias:g}-{name}.pt"
+    @lru_cache(maxsize=1)  # one world in memory at a time
+    def shop_of(seed: int, bias: float) -> Shop:
+        sizes = QUICK_WORLD if config.quick else {}
+        world = make_world(seed, bias=bias, posttrain=config.steps * config.batch, **sizes)
+        torch.manual_seed(seed)
+        ranker = Ranker(len(world.codes)).to(device)
+        if (seed, bias) in bases:
+            ranker.load_state_dict(bases[seed, bias]["ranker"])
+        else:
+            ranker = train_ranker(world, config, device)
+        return Shop(world, ranker.eval().requires_grad_(False), device)
 
-        def shop(stored: dict | None = None) -> Shop:
-            if (seed, bias) not in bench:
-                bench.clear()  # one world in memory at a time
-                world = make_world(seed, bias=bias, posttrain=config.steps * config.batch, **sizes)
-                torch.manual_seed(seed)
-                ranker = Ranker(len(world.codes)).to(device)
-                if stored is None:
-                    ranker = train_ranker(world, config, device)
-                else:
-                    ranker.load_state_dict(stored["ranker"])
-                bench[seed, bias] = Shop(world, ranker.eval().requires_grad_(False), device)
-            return bench[seed, bias]
+    def policy_of(seed: int, bias: float) -> Policy:
+        policy = Policy(config.width).to(device)
+        policy.load_state_dict(bases[seed, bias]["policy"])
+        return policy
 
-        def base() -> dict:
-            torch.manual_seed(seed)
-            twin = bases.get((seed, config.bias))  # purchases do not depend on the bias
-            policy = Policy(config.width).to(device)
-            if twin is None:
-                policy = pretrain(shop(), config)
-            else:
-                policy.load_state_dict(twin["policy"])
-            exposure = torch.from_numpy(shop().world.exposure[shop().world.test.target])
-            result = {"auc": ranker_auc(shop(), shop().world.test), "exposure": exposure}
-            result |= {"cell": strata(policy, shop(), config), "policy": policy.state_dict()}
-            return result | {"ranker": shop().ranker.state_dict()}
+    def base(seed: int, bias: float) -> dict:
+        shop, twin = shop_of(seed, bias), (seed, config.bias) in bases
+        policy = policy_of(seed, config.bias) if twin else pretrain(shop, config)  # bias-free
+        test = shop.world.test
+        result = {"policy": policy.state_dict(), "ranker": shop.ranker.state_dict()}
+        result |= {"auc": ranker_auc(shop, test), "cell": strata(policy, shop, config)}
+        return result | {"exposure": torch.from_numpy(shop.world.exposure[test.target])}
 
+    def run(seed: int, bias: float, arm: str) -> dict:
+        policy, shop = policy_of(seed, bias), shop_of(seed, bias)
+        torch.manual_seed(seed)
+        return train(policy, shop, arm, config)
+
+    for number, job in enumerate(sorted(jobs, key=lambda job: job[0]), 1):  # seed by seed
+        seed, bias, arm = job
+        place = f"seed{seed}-bias{bias:g}-"
         if (seed, bias) not in bases:
-            bases[seed, bias] = keep(file("base"), base)
-
-        def run() -> dict:
-            policy = Policy(config.width).to(device)
-            policy.load_state_dict(bases[seed, bias]["policy"])
-            torch.manual_seed(seed)
-            return train(policy, shop(bases[seed, bias]), arm, config)
-
-        before, fresh = time.time(), out is None or not file(arm).exists()
-        runs[seed, bias, arm] = keep(file(arm), run)
-        trained += fresh
-        left = (time.time() - started) / max(trained, 1) * (len(jobs) - number - 1) / 60
-        took = f"{time.time() - before:.0f} s" if fresh else "found"
-        print(f"[{number + 1}/{len(jobs)}] seed {seed} bias {bias:g} {arm}: {took}, "
-              f"at most {left:.0f} min left", file=sys.stderr, flush=True)  # fmt: skip
+            bases[seed, bias] = keep(out and out / f"{place}base.pt", partial(base, seed, bias))
+        file = out and out / f"{place}{arm}.pt"
+        trained += not (file and file.exists())
+        runs[job] = keep(file, partial(run, *job))
+        left = (time.time() - started) / max(trained, 1) * (len(jobs) - number) / 60
+        note = (
+            f"[{number}/{len(jobs)}] seed {seed} bias {bias:g} {arm}: at most {left:.0f} min left"
+        )
+        print(note, file=sys.stderr, flush=True)
     return bases, runs
 
 
 def estimate(samples: list[Tensor]) -> tuple[float, float]:
     """Mean and 95% half-width: over users if there is one seed, else over the seeds' means."""
-    if len(samples) == 1:
-        values, factor = samples[0].double(), 1.96
-    else:
+    values, factor = samples[0].double(), 1.96
+    if len(samples) > 1:
         values = torch.stack([sample.double().mean() for sample in samples])
         factor = T95[min(len(samples) - 1, len(T95)) - 1]
     if len(values) < 2:
@@ -697,203 +715,231 @@ def estimate(samples: list[Tensor]) -> tuple[float, float]:
 
 
 def report(config: Config, bases: dict, runs: dict) -> None:
-    """Print the tables: premise, arms, exposure, strata, simulated A/B. Same figures, any arms."""
+    """Print the tables: premise, arms, gains by exposure and by stratum, simulated A/B."""
     seeds = range(config.seed, config.seed + config.seeds)
-    arms = [arm for seed, bias, arm in runs if seed == config.seed and bias == config.bias]
+    arms = [arm for seed, bias, arm in runs if (seed, bias) == (config.seed, config.bias)]
     base = [bases[seed, config.bias] for seed in seeds]
+    shown = [[(b["exposure"] >= low) & (b["exposure"] < high) for b in base] for low, high in BINS]
 
-    def users(arm: str, metric: str, which: str = "final") -> list[Tensor]:
-        return [runs[seed, config.bias, arm][which][metric] for seed in seeds]
+    def users(arm: str, metric: str, which: str) -> list[Tensor]:
+        scale = METRICS[metric]
+        return [scale * runs[seed, config.bias, arm][which][metric] for seed in seeds]
 
-    def gain(arm, metric, scale=100, which="final", masks=None) -> str:
+    def gain(arm: str, metric: str, which: str = "final", masks: list | None = None) -> str:
         pairs = zip(users(arm, metric, which), users("nll", metric, which), strict=True)
-        change = [scale * (a - b) for a, b in pairs]
-        change = change if masks is None else [c[m] for c, m in zip(change, masks, strict=True)]
-        return "{:+6.2f} ±{:5.2f}".format(*estimate(change))
+        change = [a - b for a, b in pairs]
+        if masks:
+            change = [c[mask] for c, mask in zip(change, masks, strict=True)]
+        if min(map(len, change)) < 2:
+            return "-"
+        return "{:+.2f} ±{:.2f}".format(*estimate(change))
 
-    print("\nPremise: the ranker's AUC (target against the catalogue) by impressions of the target")
-    for low, high in BINS:
-        inside = [b["auc"][(b["exposure"] >= low) & (b["exposure"] < high)] for b in base]
+    def breakdown(title: str, names: list[str], groups: list[list[Tensor]]) -> None:
+        print(f"\nHR@10 points against nll, final checkpoint, by {title}")
+        print(f"{'':<18}" + "".join(f"{name:>17}" for name in names))
+        shares = [np.mean([mask.float().mean() for mask in masks]) for masks in groups]
+        print(f"{'share of users':<18}" + "".join(f"{share:>17.1%}" for share in shares))
+        for arm in others:
+            cells = "".join(f"{gain(arm, 'hr@10', masks=masks):>17}" for masks in groups)
+            print(f"{arm:<18}{cells}")
+
+    print("Premise: the ranker's AUC, target against catalogue, by impressions of the target")
+    names = ["below 20", "20 to 199", "200 to 999", "1000 and more"]
+    for name, masks in zip(names, shown, strict=True):
+        inside = [b["auc"][mask] for b, mask in zip(base, masks, strict=True)]
         if min(map(len, inside)) > 1:
-            share = np.mean([len(i) / len(b["auc"]) for i, b in zip(inside, base, strict=True)])
-            figures = "{:.3f} ±{:.3f}".format(*estimate(inside))
-            print(f"  {low:>5} to {high if high < 10**9 else '...':<5} {share:5.0%} of users  {figures}")
-    compare = "nll" in arms
-    print("\nTest users; in brackets the difference to nll and its 95% interval, paired")
-    print(f"{'arm':<18}{'':<6}" + "".join(f"{m:<26}" for m in METRICS) + "admitted")
+            print(f"  {name:<16}" + "{:.3f} ±{:.3f}".format(*estimate(inside)))
+    others = [arm for arm in arms if arm != "nll"] if "nll" in arms else []
+    print("\nTest users. In brackets: difference to nll and its 95% interval, paired")
+    print(f"{'arm':<17}{'':<6}" + "".join(f"{name:<23}" for name in METRICS) + "admitted")
     for arm in arms:
-        log = [entry for seed in seeds for entry in runs[seed, config.bias, arm]["log"]]
-        admitted = np.mean([entry.get("admitted", 0.0) for entry in log])
+        logs = [entry for seed in seeds for entry in runs[seed, config.bias, arm]["log"]]
+        admitted = np.mean([entry.get("admitted", 0.0) for entry in logs])
         for which in ("best", "final"):
-            row = f"{arm:<18}{which:<6}"
-            for metric, scale in METRICS.items():
-                value = scale * estimate(users(arm, metric, which))[0]
-                change = f" ({gain(arm, metric, scale, which)})" if compare and arm != "nll" else ""
-                row += f"{value:6.2f}{change}".ljust(26)
-            print(row + f"{admitted:7.1%}")
-    if not compare:
-        return
-    others = [arm for arm in arms if arm != "nll"]
-    print("\nHR@10 points against nll, final checkpoint, by impressions of the target")
-    print(f"{'arm':<18}" + "".join(f"{low:>10}+{'':<8}" for low, _ in BINS))
-    for arm in others:
-        row = f"{arm:<18}"
-        for low, high in BINS:
-            masks = [(b["exposure"] >= low) & (b["exposure"] < high) for b in base]
-            row += gain(arm, "hr@10", masks=masks).rjust(18) + " " if all(m.sum() > 1 for m in masks) else "-".rjust(18) + " "
-        print(row)
-    print("\nHR@10 points against nll, final checkpoint, by stratum before post-training")
-    print(f"{'arm':<18}" + "".join(f"{name:>19}" for name in CELLS))
-    shares = [np.mean([(b["cell"] == c).float().mean() for b in base]) for c in range(4)]
-    print(f"{'share of users':<18}" + "".join(f"{share:>19.1%}" for share in shares))
-    for arm in others:
-        row = f"{arm:<18}"
-        for cell in range(4):
-            masks = [b["cell"] == cell for b in base]
-            row += gain(arm, "hr@10", masks=masks).rjust(19) if all(m.sum() > 1 for m in masks) else "-".rjust(19)
-        print(row)
-    print("\nSimulated A/B against nll: the top-10 slate by the world's truth, the same users twice")
-    for arm in others:
-        print(f"  {arm:<18} clicks {gain(arm, 'ctr')} points, dwell {gain(arm, 'dwell', 1)} s")
+            row = f"{arm:<17}{which:<6}"
+            for metric in METRICS:
+                change = f" ({gain(arm, metric, which)})" if arm in others else ""
+                row += f"{estimate(users(arm, metric, which))[0]:.2f}{change}".ljust(23)
+            print(f"{row}{admitted:.1%}")
+    if others:
+        cells = [[b["cell"] == cell for b in base] for cell in range(len(CELLS))]
+        breakdown("impressions of the target", names, shown)
+        breakdown("stratum before post-training", CELLS, cells)
+        print("\nSimulated A/B against nll: top-10 slates judged by the world's truth, paired")
+        for arm in others:
+            print(f"  {arm:<17}clicks {gain(arm, 'ctr')} points, dwell {gain(arm, 'dwell')} s")
 
 
 def verdicts(config: Config, bases: dict, runs: dict) -> list[dict]:
-    """The study's claims, each a figure per seed and a bound. Thresholds: the paper's, or 0."""
-    bias = config.bias
+    """Print the study's claims: a figure per seed, its 95% interval, and the bound it must meet.
 
-    def hr(arm, seed, metric="hr@10", which="final", at=bias, cell=None):
-        values = 100 * runs[seed, at, arm][which][metric]
-        return (values if cell is None else values[bases[seed, at]["cell"] == cell]).mean().item()
+    "holds" if the whole interval is on the right side, "mean only" if just the mean is.
+    """
+    full, ours = config.bias, "adagrpo"
 
-    def over(arm, other="nll", **k):
-        return lambda s: hr(arm, s, **k) - hr(other, s, **k)
+    def hr(s, arm, metric="hr@10", which="final", bias=full, cell=None):
+        values = METRICS[metric] * runs[s, bias, arm][which][metric]
+        return (values if cell is None else values[bases[s, bias]["cell"] == cell]).mean().item()
 
-    def relative(which, metric="hr@10"):
-        return lambda s: 100 * (hr("adagrpo", s, metric, which) / hr("nll", s, metric, which) - 1)
+    def over(arm, other="nll", **where):
+        return lambda s: hr(s, arm, **where) - hr(s, other, **where)
 
-    def auc(s, low, high):
-        exposure = bases[s, bias]["exposure"]
-        return bases[s, bias]["auc"][(exposure >= low) & (exposure < high)].mean().item()
+    def percent(metric, which="final"):
+        return lambda s: 100 * (hr(s, ours, metric, which) / hr(s, "nll", metric, which) - 1)
 
-    def valid(arm, s):
-        return runs[s, bias, arm]["log"][-1]["valid hr@10"]
+    def invalid(which):
+        return lambda s: hr(s, ours, "hallucination", which)
 
-    def best(arms, s):
-        return max(arms, key=lambda arm: valid(arm, s))
+    def auc(low, high):
+        def figure(s):
+            shown = bases[s, full]["exposure"]
+            return bases[s, full]["auc"][(shown >= low) & (shown < high)].mean().item()
 
-    def frontier(s):
-        point = {arm: (hr(arm, s), hr(arm, s, "hallucination")) for arm in (*MIXES, *SWEEP)}
-        return min(max(point[a][0] - point[m][0] for a in SWEEP if point[a][1] <= point[m][1] + 0.05)
-                   for m in MIXES)  # fmt: skip
+        return figure
+
+    def picked(s, arms):  # on validation, never on test
+        return hr(s, max(arms, key=lambda arm: runs[s, full, arm]["log"][-1]["valid hr@10"]))
+
+    def picks(s):
+        return picked(s, SWEEP) - picked(s, MIXES)
+
+    def frontier(s):  # the worst mixture's lead over every setting of ours that is as valid
+        at = {a: (hr(s, a), hr(s, a, "hallucination")) for a in (*MIXES, *SWEEP)}
+        valid = {m: [at[a][0] for a in SWEEP if at[a][1] <= at[m][1] + 0.05] for m in MIXES}
+        return min(max(valid[m], default=0.0) - at[m][0] for m in MIXES)
 
     def agreement(s):
-        log = runs[s, bias, "adagrpo"]["log"]
+        log = runs[s, full, ours]["log"]
         return 100 * np.mean([e["agree_admitted"] - e["agree_refused"] for e in log])
 
-    def lead(other, s, at):
-        return hr("adagrpo", s, at=at) - hr(other, s, at=at)
+    def fall(mix):
+        return lambda s: hr(s, mix, bias=0.0) - hr(s, mix)
 
-    wide = ("0.3", "1", "3", "10")
+    def growth(other, start, end):
+        lead = over(ours, other, bias=end), over(ours, other, bias=start)
+        return lambda s: lead[0](s) - lead[1](s)
+
     claims = [
-        ("1 premise: AUC where the feed showed the target 1000+ times", ">=", 0.9, lambda s: auc(s, 1000, 1e9)),
-        ("1 premise: AUC where it showed it fewer than 20 times", "<=", 0.6, lambda s: auc(s, 0, 20)),
+        ("1 premise: AUC, target shown 1000 times or more", ">=", 0.9, auc(1000, 1e9)),
+        ("1 premise: AUC, target shown less than 20 times", "<=", 0.6, auc(0, 20)),
     ]
     for cell, name in enumerate(CELLS):
-        bound = (">=", 0) if cell == 3 else ("<=", 0.5)
-        only = CELL_ARMS[cell] if cell < 3 else "adagrpo"
-        claims += [
-            (f"2 strata: mix-0.3 on {name} samples, points", *bound, over("mix-0.3", cell=cell)),
-            (f"2 strata: mix-1 on {name} samples, points", *bound, over("mix-1", cell=cell)),
-            (f"2 strata: GRPO only in {name}, whole test set, points", *bound, over(only)),
-        ]
+        bound = (">=", 0.0) if cell == 3 else ("<=", 0.5)
+        for mix in ("mix-0.3", "mix-1"):
+            claims.append((f"2 strata: {mix}, {name} users", *bound, over(mix, cell=cell)))
+        only = (*CELL_ARMS, ours)[cell]
+        claims.append((f"2 strata: GRPO only where {name}, all users", *bound, over(only)))
     claims += [
-        ("3 best checkpoint: HR@10 over nll, relative %", ">=", 10.6, relative("best")),
-        ("3 best checkpoint: hallucination, %", "<=", 0.22, lambda s: hr("adagrpo", s, "hallucination", "best")),
-        ("4 final checkpoint: HR@10 over nll, relative %", ">=", 5.6, relative("final")),
-        ("4 final checkpoint: hallucination, %", "<=", 0.27, lambda s: hr("adagrpo", s, "hallucination")),
-        *((f"5 frontier: adagrpo over {m}, points", ">=", 0, over("adagrpo", m)) for m in MIXES),
-        ("5 frontier: adagrpo over the mixture best on validation", ">=", 0, lambda s: hr("adagrpo", s) - hr(best(MIXES, s), s)),
-        ("5 frontier: both picked on validation", ">=", 0, lambda s: hr(best(SWEEP, s), s) - hr(best(MIXES, s), s)),
-        ("5 frontier: adagrpo's sweep above every mixture, worst gap", ">=", 0, frontier),
-        *((f"6 robustness: adagrpo at weight {w} over nll", ">=", 0, over(f"adagrpo-{w}")) for w in wide),
-        *((f"6 robustness: mix-{w} falls below nll", "<=", 0, over(f"mix-{w}")) for w in wide),
-        *((f"7 controls: adagrpo over {c}, points", ">=", 0, over("adagrpo", c)) for c in CONTROLS if c != "oracle"),
-        ("7 controls: left to gain, oracle gate over adagrpo", ">=", 0, over("oracle", "adagrpo")),
-        ("7 gate precision: order agreement, admitted - refused, points", ">=", 0, agreement),
-        *((f"8 dose: {m} falls from bias 0 to {bias:g}", ">=", 0, lambda s, m=m: hr(m, s, at=0.0) - hr(m, s)) for m in DOSED[:2]),
-        *((f"8 dose: adagrpo's lead over {m} grows from bias 0 to {bias:g}", ">=", 0, lambda s, m=m: lead(m, s, bias) - lead(m, s, 0.0)) for m in DOSED[:2]),
-        *((f"8 dose: adagrpo's lead over {m} at bias {b:g}", "<=" if b == 0 else ">=", 0.5 if b == 0 else 0, lambda s, m=m, b=b: lead(m, s, b)) for b in (*DOSES, bias) for m in DOSED[:2]),
-        ("9 simulated A/B: clicks over nll, relative %", ">=", 0, relative("final", "ctr")),
-        ("9 simulated A/B: dwell over nll, relative %", ">=", 0, relative("final", "dwell")),
+        ("3 best checkpoint: HR@10 against nll, %", ">=", 10.6, percent("hr@10", "best")),
+        ("3 best checkpoint: hallucination, %", "<=", 0.22, invalid("best")),
+        ("4 final checkpoint: HR@10 against nll, %", ">=", 5.6, percent("hr@10")),
+        ("4 final checkpoint: hallucination, %", "<=", 0.27, invalid("final")),
     ]
+    claims += [(f"5 frontier: adagrpo over {mix}", ">=", 0.0, over(ours, mix)) for mix in MIXES]
+    claims += [
+        ("5 frontier: both picked on validation", ">=", 0.0, picks),
+        ("5 frontier: our sweep over the worst-case mixture", ">=", 0.0, frontier),
+    ]
+    for weight in ("0.3", "1", "3", "10"):
+        claims.append((f"6 adagrpo-{weight} over nll", ">=", 0.0, over(f"adagrpo-{weight}")))
+        claims.append((f"6 mix-{weight} below nll", "<=", 0.0, over(f"mix-{weight}")))
+    for control in CONTROLS[:-1]:
+        claims.append((f"7 controls: adagrpo over {control}", ">=", 0.0, over(ours, control)))
+    claims += [
+        ("7 controls: oracle gate over adagrpo", ">=", 0.0, over("oracle", ours)),
+        ("7 gate precision: pairs in order, admitted - refused", ">=", 0.0, agreement),
+    ]
+    for mix in DOSED[:2]:
+        claims.append((f"8 dose: {mix} at bias 0 over bias {full:g}", ">=", 0.0, fall(mix)))
+        claims.append((f"8 dose: lead over {mix} at bias 0", "<=", 0.5, over(ours, mix, bias=0.0)))
+        for start, end in ((0.0, 0.5), (0.5, full)):
+            text = f"8 dose: lead over {mix} grows from {start:g} to {end:g}"
+            claims.append((text, ">=", 0.0, growth(mix, start, end)))
+    claims += [
+        ("9 simulated A/B: clicks against nll, %", ">=", 0.0, percent("ctr")),
+        ("9 simulated A/B: dwell time against nll, %", ">=", 0.0, percent("dwell")),
+    ]
+    print(
+        f"\n{'claim (HR@10 points unless it says otherwise)':<55}{'bound':>9}{'mean':>9}  95% interval"
+    )
     rows = []
-    print(f"\n{'claim':<64}{'bound':>8}{'figure':>9}{'95% interval':>20}  verdict")
     for text, sign, bound, figure in claims:
         per_seed = [figure(s) for s in range(config.seed, config.seed + config.seeds)]
-        mean, half = estimate([torch.tensor([v]) for v in per_seed])
-        side = 1 if sign == ">=" else -1
-        met, surely = side * (mean - bound) >= 0, side * (mean - bound) >= half
-        verdict = "holds" if surely else "mean only" if met else "does not hold"
-        rows.append({"claim": text, "bound": f"{sign} {bound}", "per_seed": per_seed, "verdict": verdict})
-        print(f"{text:<64}{sign:>3}{bound:>5g}{mean:9.3f}{f'[{mean - half:.3f}, {mean + half:.3f}]':>20}  {verdict}")
+        mean, half = estimate([torch.tensor([value]) for value in per_seed])
+        slack = mean - bound if sign == ">=" else bound - mean
+        verdict = "holds" if slack >= half else "mean only" if slack >= 0 else "does not hold"
+        rows.append({"claim": text, "bound": f"{sign} {bound:g}", "per_seed": per_seed})
+        rows[-1] |= {"mean": mean, "interval": half, "verdict": verdict}
+        interval = f"{mean - half:+.2f} to {mean + half:+.2f}"
+        print(f"{text:<55}{sign:>4} {bound:<4g}{mean:>9.2f}  {interval:<18}{verdict}")
     return rows
 
 
-# ------------------------------------------------------------------------------------ command
+# ----------------------------------------------------------------------------------- command
+
+LIMITS = {  # smallest and largest value of every setting that is a number
+    "seed": (0, 2**31),
+    "seeds": (1, 1000),
+    "bias": (0.0, 100.0),
+    "width": (4, 4096),
+    "pretrain_epochs": (1, 1000),
+    "ranker_epochs": (1, 1000),
+    "steps": (1, 10**6),
+    "batch": (1, 10**5),
+    "group": (2, 1000),
+    "lr": (1e-9, 1.0),
+    "weight": (0.0, 1e6),
+    "min_difficulty": (0.0, 1.0),
+    "min_margin": (-1.0, 1.0),
+    "clip": (1e-9, 1.0),
+    "checkpoints": (1, 1000),
+}
 
 
 def parse(argv: list[str] | None) -> Config:
+    """The command line: one option for every field of Config; --quick shrinks what is at default."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    for f in fields(Config):
-        flag, shape = "--" + f.name.replace("_", "-"), {"type": type(f.default)}
-        if isinstance(f.default, bool):
-            shape = {"action": "store_true"}
-        elif isinstance(f.default, tuple):
-            shape = {"nargs": "+", "type": str}
-        parser.add_argument(flag, default=f.default, help=f.metadata["help"], **shape)
-    config = Config(**vars(parser.parse_args(argv)))
-    if config.quick:
-        config = replace(config, steps=40, checkpoints=2, pretrain_epochs=2, ranker_epochs=2, group=16)
-    return config
+    for setting in fields(Config):
+        kind = {"type": type(setting.default)}
+        if isinstance(setting.default, bool):
+            kind = {"action": "store_true"}
+        elif isinstance(setting.default, tuple):
+            kind = {"nargs": "+"}
+        kind |= {"default": setting.default, "help": setting.metadata["help"]}
+        parser.add_argument("--" + setting.name.replace("_", "-"), **kind)
+    config, default = Config(**vars(parser.parse_args(argv))), Config()
+    quick = {k: v for k, v in QUICK.items() if getattr(config, k) == getattr(default, k)}
+    return replace(config, **quick) if config.quick else config
 
 
 def prepare(config: Config) -> tuple[torch.device, Path | None]:
-    """Check every setting before hours of work; ValueError or OSError names what is wrong."""
+    """Check every setting before any work. Raises ValueError or OSError saying what is wrong."""
     for arm in config.arms:
         parse_arm(arm, config.weight)
-    floors = {"seeds": 1, "steps": 1, "batch": 1, "group": 2, "width": 4, "checkpoints": 1}
-    floors |= {"pretrain_epochs": 1, "ranker_epochs": 1, "seed": 0}
-    for name, floor in floors.items():
-        if getattr(config, name) < floor:
-            raise ValueError(f"{name} must be at least {floor}, got {getattr(config, name)}")
-    if config.width % 4 or config.checkpoints > config.steps:
-        raise ValueError("width must be a multiple of 4 (heads) and checkpoints at most steps")
+    for name, (low, high) in LIMITS.items():
+        if not low <= getattr(config, name) <= high:
+            raise ValueError(f"{name} must be in [{low}, {high}], got {getattr(config, name)}")
     if config.kind not in ("beam", "sample"):
         raise ValueError(f"kind must be beam or sample, got {config.kind!r}")
-    if not (0 <= config.min_difficulty <= 1 and -1 <= config.min_margin <= 1):
-        raise ValueError("min_difficulty must be in [0, 1] and min_margin in [-1, 1]")
-    if not (config.lr > 0 and config.weight >= 0 and config.clip > 0 and 0 <= config.bias < 1e9):
-        raise ValueError("lr and clip must be positive, weight and bias not negative, all finite")
-    found = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    name = config.device
-    if name == "auto":
-        name = next(d for d in ("cuda", "mps", "cpu") if found[d])
-    if not found.get(name):
-        raise ValueError(f"device {config.device!r} is not available; here: {[d for d in found if found[d]]}")
-    out = Path(config.out) if config.out else None
-    if out:
-        out.mkdir(parents=True, exist_ok=True)
-        ours = {k: v for k, v in asdict(config).items() if k not in ("arms", "seed", "seeds", "out", "study")}
-        stored = out / "config.json"
-        if not stored.exists():
-            write(stored, lambda partial: partial.write_text(json.dumps(ours, indent=1)))
-        elif json.loads(stored.read_text()) != ours:
-            raise ValueError(f"out: {out} holds results of other settings; choose another directory")
-        write(out / "writable", lambda partial: partial.write_text(""))
-        (out / "writable").unlink()
-    return torch.device(name), out
+    if config.width % 4 or config.checkpoints > config.steps:
+        raise ValueError("width must be a multiple of 4, and checkpoints at most steps")
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    here = [name for name in here if here[name]] + ["cpu"]
+    device = here[0] if config.device == "auto" else config.device
+    if device not in here:
+        raise ValueError(f"device must be auto or one of {here}, got {config.device!r}")
+    if not config.out:
+        return torch.device(device), None
+    out, label = Path(config.out), ("arms", "seed", "seeds", "out", "study")
+    settings = {k: v for k, v in asdict(config).items() if k not in label}
+    out.mkdir(parents=True, exist_ok=True)
+    stored = out / "config.json"
+    if stored.exists() and json.loads(stored.read_text()) != settings:
+        raise ValueError(f"out: {out} holds runs of other settings, choose another directory")
+    write(stored, lambda file: file.write_text(json.dumps(settings, indent=1)))
+    return torch.device(device), out
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -906,15 +952,15 @@ def main(argv: list[str] | None = None) -> None:
     report(config, bases, runs)
     claims = verdicts(config, bases, runs) if config.study else []
     if out:
-        versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-        means = lambda figures: {name: value.mean().item() for name, value in figures.items()}
-        rows = [
-            {"seed": seed, "bias": bias, "arm": arm, "log": run["log"], "best": means(run["best"]),
-             "final": means(run["final"])} for (seed, bias, arm), run in runs.items()
-        ]  # fmt: skip
+        rows = []
+        for (seed, bias, arm), run in runs.items():
+            means = {w: {k: v.mean().item() for k, v in run[w].items()} for w in ("best", "final")}
+            rows.append({"seed": seed, "bias": bias, "arm": arm, "checkpoints": run["log"]} | means)
+        versions = {"python": sys.version.split()[0], "torch": torch.__version__}
+        versions["numpy"] = np.__version__
         results = {"config": asdict(config), "versions": versions, "runs": rows, "claims": claims}
-        write(out / "results.json", lambda partial: partial.write_text(json.dumps(results, indent=1)))
-        print(f"\nwrote {out / 'results.json'}; weights of both checkpoints of each arm are beside it")
+        write(out / "results.json", lambda file: file.write_text(json.dumps(results, indent=1)))
+        print(f"\nwrote {out}/results.json; the weights of every arm are in {out}/*.pt")
 
 
 if __name__ == "__main__":

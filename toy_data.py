@@ -111,8 +111,8 @@ def make_world(
     alone, 1 all but hides the niche. It changes the impressions only; purchases of the same seed
     stay the same to the bit. Raises ValueError naming the argument that is out of range.
     """
-    sizes = dict(pretrain=pretrain, posttrain=posttrain, valid=valid, test=test, feed=feed)
-    for name, size in sizes.items():
+    sizes = (pretrain, posttrain, valid, test, feed)
+    for name, size in zip(("pretrain", "posttrain", "valid", "test", "feed"), sizes, strict=True):
         if size < 1:
             raise ValueError(f"{name} must leave at least one user, got {size}")
     subs = CODEBOOK[0] * CODEBOOK[1]
@@ -128,7 +128,9 @@ def make_world(
     sub_centre = unit(np.repeat(centre, CODEBOOK[1], 0) + 0.3 * rng.normal(size=(subs, DIM)))
     sub = np.arange(items) % subs
     slot = np.array([rng.permutation(CODEBOOK[2]) for _ in range(subs)])
-    codes = np.stack([sub // CODEBOOK[1], sub % CODEBOOK[1], slot[sub, np.arange(items) // subs]], 1)
+    codes = np.stack(
+        [sub // CODEBOOK[1], sub % CODEBOOK[1], slot[sub, np.arange(items) // subs]], 1
+    )
     item_of = np.full(CODEBOOK, -1)
     item_of[tuple(codes.T)] = np.arange(items)
     niche = codes[:, 0] < NICHE_CATEGORIES
@@ -138,9 +140,13 @@ def make_world(
     quality = np.where(niche, last_season, fashion)
 
     def shoppers(users, quality, bought):
-        taste = unit(centre[rng.integers(CODEBOOK[0], size=users)] + rng.normal(0, 0.2, (users, DIM)))
-        logits = lambda t: SHARPNESS * (t @ embedding.T + quality.astype(np.float32))  # noqa: E731
-        return taste, in_chunks(lambda t: gumbel_top_k(rng, logits(t), bought), taste)
+        taste = unit(
+            centre[rng.integers(CODEBOOK[0], size=users)] + rng.normal(0, 0.2, (users, DIM))
+        )
+        pull = quality.astype(np.float32)
+        return taste, in_chunks(
+            lambda t: gumbel_top_k(rng, SHARPNESS * (t @ embedding.T + pull), bought), taste
+        )
 
     def split(users, quality):
         taste, bought = shoppers(users, quality, HISTORY + 1)
@@ -152,7 +158,9 @@ def make_world(
     shown = in_chunks(
         lambda t: gumbel_top_k(rng, AFFINITY * (t @ embedding.T) + popularity, SLATE), taste
     )
-    world = World(codes, item_of, niche, embedding, quality, *splits, feed_history, shown, shown, shown)
+    world = World(
+        codes, item_of, niche, embedding, quality, *splits, feed_history, shown, shown, shown
+    )
     likes = world.true_click_probability(taste, shown)
     looks = np.arange(1, SLATE + 1) ** -0.5  # fewer people look further down the slate
     world.clicked = rng.random(shown.shape) < looks * likes
