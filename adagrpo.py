@@ -305,12 +305,12 @@ def adagrpo_gate(
     if not -1 <= min_margin <= 1:
         raise ValueError(f"min_margin must be in [-1, 1], got {min_margin}")
     negative = valid & ~hit  # (B, G)
-    difficulty = 1 - hit.double().mean(1)  # (B,)  eq. (2); double: exact for any G
+    difficulty = (~hit).sum(1) / hit.shape[1]  # (B,)  eq. (2)
     known = rollout_rewards.isfinite().all(1) & target_reward.isfinite() & negative.any(1)
     mean = (rollout_rewards * negative).sum(1) / negative.sum(1)  # (B,)
     discriminability = torch.where(known, target_reward - mean, torch.nan)  # (B,)  eq. (3)
     admit = (difficulty >= min_difficulty) & (discriminability >= min_margin)  # (B,)  eq. (4)
-    return Gate(admit, difficulty.to(rollout_rewards.dtype), discriminability)
+    return Gate(admit, difficulty, discriminability)
 
 
 def group_advantages(rewards: Tensor, tolerance: float = 1e-6) -> Tensor:
@@ -534,6 +534,33 @@ def judge(shop: Shop, config: Config, history: Tensor, target: Tensor, tokens: T
     return items, rewards, gate
 
 
+def objective(policy: Policy, shop: Shop, arm: str, config: Config, rows: slice):
+    """One batch of one arm: the loss of eq. (7), and per-sample figures for the log."""
+    rule, weight = parse_arm(arm, config.weight)
+    split = shop.world.posttrain
+    history, target = (tensor(a[rows], shop.device) for a in (split.history, split.target))
+    x, y = shop.prompt(history), shop.tokens(target)  # (B, T), (B, 3)
+    if weight == 0:  # the gate stays shut whatever the group says: save the rollouts
+        nll = -policy.target_logp(x, y)
+        return nll.mean(), {"nll": nll}
+    rolled = rollout(policy, x, config.group, config.kind, y)  # eq. (1)
+    items, rewards, gate = judge(shop, config, history, target, rolled.tokens)  # eq. (2)-(4)
+    hard = gate.difficulty >= config.min_difficulty
+    clear = gate.discriminability >= config.min_margin
+    truth = shop.truth(shop.world.true_click_probability, split.taste[rows], items)
+    agree = order_agreement(rewards, truth)  # for the log, and for the oracle arm alone
+    admit = RULES[rule](gate.admit, hard, clear, agree >= 0.6)
+    advantages = group_advantages(rewards)  # eq. (5)
+    grpo = grpo_loss(rolled.logp, rolled.logp.detach(), advantages, config.clip)  # eq. (6)
+    nll = -rolled.target_logp
+    term = nll if rule == "reweight" else grpo
+    loss = adagrpo_loss(nll * (rule != "grpo"), term, admit, weight)  # eq. (7)
+    seen = {"nll": nll, "grpo": grpo, "reward": rewards, "spread": rewards.std(1)}
+    seen |= {"admitted": admit, "easy": ~hard, "not_discriminating": hard & ~clear}
+    seen |= {"agree_admitted": agree[gate.admit], "agree_refused": agree[~gate.admit]}
+    return loss, seen | {"invalid": items < 0}
+
+
 def train(start: Policy, shop: Shop, arm: str, config: Config) -> dict:
     """Post-train a copy of `start` by one arm on fresh batches, the same ones for every arm.
 
@@ -541,60 +568,29 @@ def train(start: Policy, shop: Shop, arm: str, config: Config) -> dict:
     last one ("final"), the figures of every checkpoint on validation with the training figures
     averaged since the one before ("log"), and both checkpoints' weights.
     """
-    rule, weight = parse_arm(arm, config.weight)
-    policy, split = copy.deepcopy(start), shop.world.posttrain
-    history, target = tensor(split.history, shop.device), tensor(split.target, shop.device)
+    policy = copy.deepcopy(start)
     update = Updates(policy, config.lr, config.steps, arm)
+    marks = {config.steps * k // config.checkpoints for k in range(1, config.checkpoints + 1)}
     log, since, best, weights = [], [], -1.0, {}
     for step in range(1, config.steps + 1):
         rows = slice((step - 1) * config.batch, step * config.batch)
-        x, y = shop.prompt(history[rows]), shop.tokens(target[rows])
-        if weight == 0:  # the gate stays shut whatever the group says: save the rollouts
-            nll = -policy.target_logp(x, y)
-            loss, seen = nll.mean(), {}
-        else:
-            rolled = rollout(policy, x, config.group, config.kind, y)  # eq. (1)
-            items, rewards, gate = judge(shop, config, history[rows], target[rows], rolled.tokens)
-            hard = gate.difficulty >= config.min_difficulty
-            clear = gate.discriminability >= config.min_margin
-            truth = shop.truth(shop.world.true_click_probability, split.taste[rows], items)
-            agree = order_agreement(rewards, truth)  # for the log, and for the oracle arm alone
-            admit = RULES[rule](gate.admit, hard, clear, agree >= 0.6)
-            ratio_of = rolled.logp, rolled.logp.detach()  # on-policy: ratio 1, gradient not 0
-            grpo = grpo_loss(*ratio_of, group_advantages(rewards), config.clip)
-            nll = -rolled.target_logp
-            term = nll if rule == "reweight" else grpo
-            loss = adagrpo_loss(nll * (rule != "grpo"), term, admit, weight)
-            seen = {"admitted": admit, "easy": ~hard, "not_discriminating": hard & ~clear}
-            seen |= {
-                "grpo": grpo,
-                "reward": rewards,
-                "spread": rewards.std(1),
-                "invalid": items < 0,
-            }
-            seen |= {"agree_admitted": agree[gate.admit], "agree_refused": agree[~gate.admit]}
-        seen = {name: value.float().mean().item() for name, value in ({"nll": nll} | seen).items()}
-        show = {name: f"{seen[name]:.2f}" for name in ("nll", "reward", "admitted") if name in seen}
-        since.append(seen | {"grad_norm": update(loss, **show)})
-        if (
-            step * config.checkpoints // config.steps
-            > (step - 1) * config.checkpoints // config.steps
-        ):
-            found = {
-                k: v.mean().item() for k, v in evaluate(policy, shop, shop.world.valid).items()
-            }
-            means = {name: np.array([s[name] for s in since]) for name in since[0]}
-            means = {
-                name: float(np.nanmean(v)) for name, v in means.items() if not np.isnan(v).all()
-            }
-            log.append({"step": step} | means | {f"valid {k}": v for k, v in found.items()})
-            weights["final"], since = copy.deepcopy(policy.state_dict()), []
-            if found["hr@10"] > best:
-                best, weights["best"] = found["hr@10"], weights["final"]
-    final = evaluate(policy, shop, shop.world.test)
-    policy.load_state_dict(weights["best"])
-    same = weights["best"] is weights["final"]
-    picked = final if same else evaluate(policy, shop, shop.world.test)
+        loss, seen = objective(policy, shop, arm, config, rows)
+        seen = {name: value.float().mean().item() for name, value in seen.items()}
+        bar = {name: seen[name] for name in ("nll", "reward", "admitted") if name in seen}
+        since.append(seen | {"grad_norm": update(loss, **bar)})
+        if step not in marks:
+            continue
+        columns = {name: np.array([s[name] for s in since]) for name in since[0]}
+        means = {k: float(np.nanmean(v)) for k, v in columns.items() if not np.isnan(v).all()}
+        valid = {k: v.mean().item() for k, v in evaluate(policy, shop, shop.world.valid).items()}
+        log.append({"step": step} | means | {f"valid {k}": v for k, v in valid.items()})
+        weights["final"], since = copy.deepcopy(policy.state_dict()), []
+        if valid["hr@10"] > best:
+            best, weights["best"] = valid["hr@10"], weights["final"]
+    final = picked = evaluate(policy, shop, shop.world.test)
+    if weights["best"] is not weights["final"]:
+        policy.load_state_dict(weights["best"])
+        picked = evaluate(policy, shop, shop.world.test)
     return {"best": picked, "final": final, "log": log, "weights": weights}
 
 
