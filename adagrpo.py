@@ -2,8 +2,8 @@
 
 A policy writes the semantic ID of the next item; a ranker scores what it wrote. The ranker is right
 about some samples and wrong about others, because its log shows only what an old feed exposed.
-AdaGRPO trains EVERY sample with supervised NLL and lets the GRPO term in only where the policy finds
-the sample hard AND the ranker can tell the true item from the group's negatives.
+AdaGRPO trains EVERY sample with supervised NLL and lets the GRPO term in only where the policy
+finds the sample hard AND the ranker can tell the true item from the group's negatives.
 
 Reference: Xu et al., "Adaptive Loss Balancing for Noise-Robust GRPO in Generative Recommendation",
 arXiv 2606.08480 (2026). Only its abstract was available: the idea is theirs, every definition below
@@ -41,7 +41,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -71,7 +71,11 @@ def option(default, help: str):
 class Config:
     """Every setting there is; the command line is generated from these lines."""
 
-    arms: tuple = option(("nll", "mix-0.1", "mix-0.3", "mix-1", "adagrpo"), "arms to train: RULES")
+    arms: tuple = option(
+        ("nll", "mix-0.1", "mix-0.3", "mix-1", "adagrpo"),
+        "RULE or RULE-WEIGHT; rules: nll mix grpo adagrpo random inverted difficulty"
+        " discriminability oracle reweight easy+clear hard+blind easy+blind",
+    )
     seed: int = option(0, "first seed; a seed fixes world, initial weights and rollouts")
     seeds: int = option(1, "how many seeds; from 2 on, intervals are over seeds")
     device: str = option("auto", "auto, cpu, cuda or mps")
@@ -156,7 +160,7 @@ class Policy(nn.Module):
 
 
 class Ranker(nn.Module):
-    """MLP click model on [user, item, user * item]; user = mean embedding of the history.
+    """MLP click model on [user, item, 10 * user * item]; user = mean embedding of the history.
 
     forward(history (B, 8), items (B, K)) of item numbers -> click logits (B, K).
     """
@@ -210,7 +214,7 @@ def rollout(
 ) -> Rollout:
     """Eq. (1): G rollouts per history, their log-probabilities, and the target's, in ONE pass.
 
-    The prompt is encoded once; every branch attends to the shared prompt keys and to its own few
+    The prompt is encoded once; every branch attends to the shared prompt keys and its own few
     (mask `sees`), so G costs little. The target rides along as one more branch: NLL needs no second
     forward. history (B, T), target (B, 3) or None. `kind`: "sample" draws from the policy, "beam"
     keeps the `group` most likely prefixes, best first, all different. Both decode all V tokens.
@@ -253,7 +257,7 @@ def rollout(
 
 @torch.no_grad()
 def beam_search(policy: Policy, history: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """The `width` most likely items after history (B, T), best first: tokens (B, width, 3), logp."""
+    """The `width` most likely items after history (B, T), best first: (tokens, logp)."""
     found = rollout(policy, history, width, "beam")
     return found.tokens, found.logp
 
@@ -283,7 +287,7 @@ def adagrpo_gate(
     hit, valid (B, G) bool: the rollout is the true item; it names an item. Needs torch alone, so
     copy it. A sample without a valid negative or with a non-finite reward is never admitted: its
     discriminability is nan, and nan >= min_margin is false. A margin, not a rank: where the ranker
-    is blind its scores are all but equal, and a rank cannot see that. Both thresholds are inclusive.
+    is blind its scores are all but equal, and a rank cannot see that. Thresholds are inclusive.
     Raises ValueError or TypeError naming the argument. Source: the two diagnostics and the binary
     clip are the paper's; their formulas are ours.
     """
@@ -352,14 +356,17 @@ def adagrpo_loss(nll: Tensor, grpo: Tensor, admit: Tensor, weight: float) -> Ten
     """Eq. (7): three (B,) tensors -> scalar. Ours but for the gate.
 
     The denominator is B, not the number admitted: the effective weight of the RL term is
-    weight * admission rate. Raises ValueError on unequal shapes or a negative weight.
+    weight * admission rate. Raises ValueError on unequal shapes or a negative weight, TypeError
+    where admit is not bool.
     """
     if not nll.shape == grpo.shape == admit.shape or nll.ndim != 1:
         shapes = [tuple(t.shape) for t in (nll, grpo, admit)]
         raise ValueError(f"nll, grpo and admit must be one (B,), got {shapes}")
     if not weight >= 0:
         raise ValueError(f"weight must be >= 0, got {weight}")
-    return (nll + weight * torch.where(admit.bool(), grpo, 0.0)).mean()
+    if admit.dtype != torch.bool:
+        raise TypeError(f"admit must be a bool tensor, got {admit.dtype}")
+    return (nll + weight * torch.where(admit, grpo, 0.0)).mean()
 
 
 # ----------------------------------------------------- the shop on a device, and its evaluation
@@ -395,7 +402,7 @@ class Shop:
         return torch.where(items < 0, 0.0, self.ranker(history, items.clamp(min=0)).sigmoid())
 
     def truth(self, measure: Callable, taste: np.ndarray, items: Tensor) -> Tensor:
-        return tensor(measure(taste, items.cpu().numpy()), self.device).float()
+        return tensor(measure(taste, items.cpu().numpy()).astype(np.float32), self.device)
 
 
 @torch.no_grad()
@@ -431,7 +438,7 @@ def evaluate(policy: Policy, shop: Shop, split: Split, width: int = 20) -> dict[
 
 @torch.no_grad()
 def ranker_auc(shop: Shop, split: Split) -> Tensor:
-    """Per user, the share of the catalogue that the ranker puts below the target (N,); ties half."""
+    """Per user, the share of the catalogue that the ranker puts below the target (N,)."""
     parts = []
     for start in range(0, len(split.target), 250):
         history = tensor(split.history[start : start + 250], shop.device)
@@ -465,7 +472,7 @@ RULES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "difficulty": lambda gate, hard, clear, right: hard,
     "discriminability": lambda gate, hard, clear, right: clear,
     "oracle": lambda gate, hard, clear, right: right,
-    "reweight": lambda gate, hard, clear, right: gate,  # NLL once more in place of GRPO
+    "reweight": lambda gate, hard, clear, right: gate,  # more NLL in place of GRPO
     "easy+clear": lambda gate, hard, clear, right: ~hard & clear,
     "hard+blind": lambda gate, hard, clear, right: hard & ~clear,
     "easy+blind": lambda gate, hard, clear, right: ~hard & ~clear,
@@ -549,7 +556,7 @@ def objective(policy: Policy, shop: Shop, arm: str, config: Config, rows: slice)
     clear = gate.discriminability >= config.min_margin
     truth = shop.truth(shop.world.true_click_probability, split.taste[rows], items)
     agree = order_agreement(rewards, truth)  # for the log, and for the oracle arm alone
-    admit = RULES[rule](gate.admit, hard, clear, agree >= 0.6)
+    admit = RULES[rule](gate.admit, hard, clear, agree >= 0.6)  # 0.5 is chance
     advantages = group_advantages(rewards)  # eq. (5)
     grpo = grpo_loss(rolled.logp, rolled.logp.detach(), advantages, config.clip)  # eq. (6)
     nll = -rolled.target_logp
@@ -653,7 +660,7 @@ def experiment(config: Config, device: torch.device, out: Path | None) -> tuple[
     jobs += [(s, b, a) for s in seeds for b in DOSES for a in DOSED if config.study]
     bases, runs, started, trained = {}, {}, time.time(), 0
 
-    @lru_cache(maxsize=1)  # one world in memory at a time
+    @lru_cache(maxsize=1)  # the world of one seed and bias at a time
     def shop_of(seed: int, bias: float) -> Shop:
         sizes = QUICK_WORLD if config.quick else {}
         world = make_world(seed, bias=bias, posttrain=config.steps * config.batch, **sizes)
@@ -692,9 +699,7 @@ def experiment(config: Config, device: torch.device, out: Path | None) -> tuple[
         trained += not (file and file.exists())
         runs[job] = keep(file, partial(run, *job))
         left = (time.time() - started) / max(trained, 1) * (len(jobs) - number) / 60
-        note = (
-            f"[{number}/{len(jobs)}] seed {seed} bias {bias:g} {arm}: at most {left:.0f} min left"
-        )
+        note = f"[{number}/{len(jobs)}] seed {seed} bias {bias:g} {arm}: about {left:.0f} min left"
         print(note, file=sys.stderr, flush=True)
     return bases, runs
 
@@ -781,7 +786,11 @@ def verdicts(config: Config, bases: dict, runs: dict) -> list[dict]:
         return lambda s: hr(s, arm, **where) - hr(s, other, **where)
 
     def percent(metric, which="final"):
-        return lambda s: 100 * (hr(s, ours, metric, which) / hr(s, "nll", metric, which) - 1)
+        def figure(s):
+            plain = hr(s, "nll", metric, which)
+            return 100 * (hr(s, ours, metric, which) / plain - 1) if plain else float("nan")
+
+        return figure
 
     def invalid(which):
         return lambda s: hr(s, ours, "hallucination", which)
@@ -799,14 +808,15 @@ def verdicts(config: Config, bases: dict, runs: dict) -> list[dict]:
     def picks(s):
         return picked(s, SWEEP) - picked(s, MIXES)
 
-    def frontier(s):  # the worst mixture's lead over every setting of ours that is as valid
+    def frontier(s):  # our best setting that hallucinates at most 0.05 points more
         at = {a: (hr(s, a), hr(s, a, "hallucination")) for a in (*MIXES, *SWEEP)}
         valid = {m: [at[a][0] for a in SWEEP if at[a][1] <= at[m][1] + 0.05] for m in MIXES}
         return min(max(valid[m], default=0.0) - at[m][0] for m in MIXES)
 
     def agreement(s):
         log = runs[s, full, ours]["log"]
-        return 100 * np.mean([e["agree_admitted"] - e["agree_refused"] for e in log])
+        gaps = [e.get("agree_admitted", np.nan) - e.get("agree_refused", np.nan) for e in log]
+        return 100 * float(np.nanmean(gaps))
 
     def fall(mix):
         return lambda s: hr(s, mix, bias=0.0) - hr(s, mix)
@@ -855,9 +865,8 @@ def verdicts(config: Config, bases: dict, runs: dict) -> list[dict]:
         ("9 simulated A/B: clicks against nll, %", ">=", 0.0, percent("ctr")),
         ("9 simulated A/B: dwell time against nll, %", ">=", 0.0, percent("dwell")),
     ]
-    print(
-        f"\n{'claim (HR@10 points unless it says otherwise)':<55}{'bound':>9}{'mean':>9}  95% interval"
-    )
+    head = "claim (HR@10 points unless it says otherwise)"
+    print(f"\n{head:<55}{'bound':>9}{'mean':>9}  95% interval")
     rows = []
     for text, sign, bound, figure in claims:
         per_seed = [figure(s) for s in range(config.seed, config.seed + config.seeds)]
@@ -876,7 +885,7 @@ def verdicts(config: Config, bases: dict, runs: dict) -> list[dict]:
 LIMITS = {  # smallest and largest value of every setting that is a number
     "seed": (0, 2**31),
     "seeds": (1, 1000),
-    "bias": (0.0, 100.0),
+    "bias": (0.0, 5.0),
     "width": (4, 4096),
     "pretrain_epochs": (1, 1000),
     "ranker_epochs": (1, 1000),
@@ -893,7 +902,7 @@ LIMITS = {  # smallest and largest value of every setting that is a number
 
 
 def parse(argv: list[str] | None) -> Config:
-    """The command line: one option for every field of Config; --quick shrinks what is at default."""
+    """The command line: one option for every field of Config; --quick only changes defaults."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -905,18 +914,18 @@ def parse(argv: list[str] | None) -> Config:
             kind = {"nargs": "+"}
         kind |= {"default": setting.default, "help": setting.metadata["help"]}
         parser.add_argument("--" + setting.name.replace("_", "-"), **kind)
-    config, default = Config(**vars(parser.parse_args(argv))), Config()
-    quick = {k: v for k, v in QUICK.items() if getattr(config, k) == getattr(default, k)}
-    return replace(config, **quick) if config.quick else config
+    if "--quick" in (sys.argv[1:] if argv is None else argv):
+        parser.set_defaults(**QUICK)
+    return Config(**vars(parser.parse_args(argv)))
 
 
 def prepare(config: Config) -> tuple[torch.device, Path | None]:
-    """Check every setting before any work. Raises ValueError or OSError saying what is wrong."""
-    for arm in config.arms:
-        parse_arm(arm, config.weight)
+    """Check every setting before any work. Raises ValueError naming the one that is wrong."""
     for name, (low, high) in LIMITS.items():
         if not low <= getattr(config, name) <= high:
             raise ValueError(f"{name} must be in [{low}, {high}], got {getattr(config, name)}")
+    for arm in config.arms:
+        parse_arm(arm, config.weight)
     if config.kind not in ("beam", "sample"):
         raise ValueError(f"kind must be beam or sample, got {config.kind!r}")
     if config.width % 4 or config.checkpoints > config.steps:
@@ -930,19 +939,34 @@ def prepare(config: Config) -> tuple[torch.device, Path | None]:
         return torch.device(device), None
     out, label = Path(config.out), ("arms", "seed", "seeds", "out", "study")
     settings = {k: v for k, v in asdict(config).items() if k not in label}
-    out.mkdir(parents=True, exist_ok=True)
     stored = out / "config.json"
-    if stored.exists() and json.loads(stored.read_text()) != settings:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        same = not stored.exists() or json.loads(stored.read_text()) == settings
+        if same:
+            write(stored, lambda file: file.write_text(json.dumps(settings, indent=1)))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"out: cannot use {out}: {error}") from error
+    if not same:
         raise ValueError(f"out: {out} holds runs of other settings, choose another directory")
-    write(stored, lambda file: file.write_text(json.dumps(settings, indent=1)))
     return torch.device(device), out
 
 
+def plain(value):
+    """For JSON, which has no nan: None instead."""
+    if isinstance(value, dict):
+        return {name: plain(v) for name, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
 def main(argv: list[str] | None = None) -> None:
+    """Train and report; ends with exit status 1 and one line on a bad setting."""
     config = parse(argv)
     try:
         device, out = prepare(config)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         sys.exit(f"adagrpo.py: {error}")
     bases, runs = experiment(config, device, out)
     report(config, bases, runs)
@@ -955,7 +979,9 @@ def main(argv: list[str] | None = None) -> None:
         versions = {"python": sys.version.split()[0], "torch": torch.__version__}
         versions["numpy"] = np.__version__
         results = {"config": asdict(config), "versions": versions, "runs": rows, "claims": claims}
-        write(out / "results.json", lambda file: file.write_text(json.dumps(results, indent=1)))
+        write(
+            out / "results.json", lambda file: file.write_text(json.dumps(plain(results), indent=1))
+        )
         print(f"\nwrote {out}/results.json; the weights of every arm are in {out}/*.pt")
 
 

@@ -1,9 +1,11 @@
 """Checks against independent oracles: hand calculations, slow loops, brute force, numpy."""
 
+import json
 import math
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,6 @@ import adagrpo
 from adagrpo import (
     Config,
     Policy,
-    Ranker,
     Shop,
     adagrpo_gate,
     adagrpo_loss,
@@ -92,6 +93,9 @@ def test_gate_thresholds_are_inclusive():
     assert gate(*group).admit.item()
     assert not gate(*group, min_difficulty=0.51).admit.item()
     assert not gate(*group, min_margin=0.26).admit.item()
+    for hits in range(10):  # the float nearest to misses / 10 is the difficulty, to the bit
+        tenth = gate([0.5], [[0.25] * 10], [[1] * hits + [0] * (10 - hits)], min_difficulty=0)
+        assert tenth.difficulty.item() == np.float32((10 - hits) / 10)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -166,7 +170,7 @@ def losses(admit, weight=0.7, B=5, G=4):
 @pytest.mark.parametrize("admit", [[1, 0, 1, 0, 1], [0] * 5, [1] * 5])
 def test_loss_and_gradient_against_a_slow_loop(admit):
     """All 0 is NLL alone, all 1 the fixed mixture: the loop has no other terms."""
-    fast, slow, fast_gradient, slow_gradient, nll = losses(torch.tensor(admit))
+    fast, slow, fast_gradient, slow_gradient, nll = losses(torch.tensor(admit).bool())
     assert_close(fast, slow)
     assert_close(fast_gradient, slow_gradient)
     if not any(admit):
@@ -188,9 +192,11 @@ def test_losses_name_bad_shapes():
     with pytest.raises(ValueError, match="old_logp"):
         grpo_loss(torch.rand(2, 3), torch.rand(2, 4), torch.rand(2, 3), 0.2)
     with pytest.raises(ValueError, match="admit"):
-        adagrpo_loss(torch.rand(2), torch.rand(2), torch.ones(3), 1.0)
+        adagrpo_loss(torch.rand(2), torch.rand(2), torch.ones(3).bool(), 1.0)
     with pytest.raises(ValueError, match="weight"):
-        adagrpo_loss(torch.rand(2), torch.rand(2), torch.ones(2), -1.0)
+        adagrpo_loss(torch.rand(2), torch.rand(2), torch.ones(2).bool(), -1.0)
+    with pytest.raises(TypeError, match="admit"):
+        adagrpo_loss(torch.rand(2), torch.rand(2), torch.ones(2), 1.0)
 
 
 # ------------------------------------------------------------------------- policy and rollouts
@@ -253,7 +259,7 @@ def test_no_gradient_reaches_the_ranker_and_nan_never_reaches_the_policy(shop, m
         _, rewards, gate = adagrpo.judge(shop, Config(), history, target, found.tokens)
         grpo = grpo_loss(found.logp, found.logp.detach(), group_advantages(rewards), 0.2)
         policy.zero_grad()
-        adagrpo_loss(-found.target_logp, grpo, torch.ones(8), 1.0).backward()
+        adagrpo_loss(-found.target_logp, grpo, torch.ones(8).bool(), 1.0).backward()
         assert all(p.grad is None for p in shop.ranker.parameters())
         assert all(p.grad.isfinite().all() for p in policy.parameters() if p.grad is not None)
         assert not (broken and gate.admit.any())
@@ -345,7 +351,7 @@ def test_premise_and_its_negative_control(world, shop):
 
 
 def test_training_is_deterministic_and_raises_the_reward(shop):
-    """Sixty steps of a mixture raise the ranker's mean reward by more than a tenth."""
+    """Fifty steps of a mixture raise the ranker's mean reward by more than a tenth."""
     torch.manual_seed(0)
     start = adagrpo.pretrain(shop, Config(pretrain_epochs=30))
     config = Config(steps=50, batch=16, group=8, checkpoints=5)
@@ -378,6 +384,7 @@ def test_every_arm_takes_its_own_samples():
         (["--device", "abacus"], "abacus"),
         (["--group", "1"], "group"),
         (["--min-margin", "2"], "min_margin"),
+        (["--weight", "-1"], "weight must"),
         (["--out", "/dev/null/x"], "/dev/null"),
     ],
 )
@@ -403,10 +410,39 @@ def test_an_interrupted_run_leaves_no_file_and_a_finished_one_is_not_redone(tmp_
     assert adagrpo.keep(tmp_path / "arm.pt", interrupted) == {"figure": 1}
 
 
+def test_the_whole_path_resumes_and_prints_the_same(tmp_path, monkeypatch, capsys):
+    sizes = {"pretrain": 150, "valid": 40, "test": 60, "feed": 2048}
+    monkeypatch.setattr(adagrpo, "QUICK_WORLD", sizes)
+    argv = [
+        "--quick",
+        "--study",
+        "--steps",
+        "2",
+        "--checkpoints",
+        "1",
+        "--batch",
+        "4",
+        "--group",
+        "4",
+    ]
+    argv += ["--out", str(tmp_path / "a"), "--pretrain-epochs", "1", "--ranker-epochs", "1"]
+    adagrpo.main(argv)
+    first = capsys.readouterr().out
+    monkeypatch.setattr(adagrpo, "train", None)  # all is stored: nothing may be trained again
+    adagrpo.main(argv)
+    assert capsys.readouterr().out == first
+    results = json.loads((tmp_path / "a" / "results.json").read_text())
+    assert len(results["runs"]) == len(adagrpo.STUDY) + 6 and len(results["claims"]) > 40
+    assert not list(tmp_path.glob("*/*.draft"))
+    with pytest.raises(SystemExit, match="other settings"):
+        adagrpo.main([*argv, "--lr", "0.01"])
+
+
 def test_readme_snippet_prints_what_the_readme_says():
     text = (Path(__file__).parent / "README.md").read_text()
     code, printed = re.search(r"```python\n(.*?)```.*?```text\n(.*?)```", text, re.DOTALL).groups()
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    run = partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True)
+    ran = run([sys.executable, "-c", code], check=True)
     assert ran.stdout == printed
 
 
@@ -414,9 +450,3 @@ def test_interval_against_hand_calculation():
     """Two seeds 1 and 3: mean 2, sd sqrt 2, t(1) = 12.71, so 12.71 * sqrt 2 / sqrt 2."""
     mean, half = adagrpo.estimate([torch.tensor([0.0, 2.0]), torch.tensor([3.0])])
     assert (mean, half) == pytest.approx((2.0, 12.71))
-
-
-def test_ranker_scores_change_with_item_and_history():
-    ranker = Ranker(10)
-    scores = ranker(torch.arange(8)[None], torch.arange(10)[None])
-    assert scores.shape == (1, 10) and scores.unique().numel() == 10
