@@ -244,7 +244,7 @@ def rollout(
             token = torch.cat([token, target[:, level, None]], dim=1)
         Q = token.shape[1]
         rows = torch.arange(B, device=history.device)[:, None]  # (B, 1), pairs with parent (B, Q)
-        total = total[rows, parent] + logp[rows, parent, token]
+        total = total.gather(1, parent) + logp.flatten(1).gather(1, parent * V + token)
         tokens = torch.cat([tokens[rows, parent], token[..., None]], dim=2)
         if level < L - 1:  # a branch sees what its parent saw, and itself
             own = torch.eye(Q, dtype=torch.bool, device=history.device).expand(B, Q, Q)
@@ -614,7 +614,7 @@ CELL_ARMS = ("easy+blind", "easy+clear", "hard+blind")  # hard+clear is adagrpo 
 STUDY = ("nll", *MIXES, *SWEEP, *CONTROLS, *CELL_ARMS)
 DOSES, DOSED = (0.0, 0.5), ("mix-0.3", "mix-1", "adagrpo")  # the default bias is in STUDY
 QUICK_WORLD = {"pretrain": 2000, "valid": 200, "test": 600, "feed": 20_000}
-QUICK = {"steps": 40, "pretrain_epochs": 6, "ranker_epochs": 2, "group": 16, "checkpoints": 2}
+QUICK = {"steps": 40, "pretrain_epochs": 10, "ranker_epochs": 2, "group": 16, "checkpoints": 2}
 
 
 def write(path: Path, save: Callable[[Path], object]) -> None:

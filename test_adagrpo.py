@@ -5,6 +5,7 @@ import math
 import re
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -363,6 +364,22 @@ def test_training_is_deterministic_and_raises_the_reward(shop):
     assert_close(results[0]["final"], results[1]["final"], rtol=0, atol=0)
     rewards = [entry["reward"] for entry in results[0]["log"]]
     assert rewards[-1] > 1.1 * rewards[0]
+
+
+def test_step_cost(shop):
+    """B=64: G=16 costs at most 2.6 plain NLL steps, and doubling G less than doubles the cost."""
+    torch.manual_seed(0)
+    policy, seconds, rows = Policy(64), {}, slice(0, 64)
+    update = adagrpo.Updates(policy, 1e-4, 100, "step")
+    cases = {"nll": ("nll", 16), "16": ("adagrpo", 16), "32": ("adagrpo", 32)}
+    for _ in range(12):  # in turn, so that a slow moment of the machine hits all of them
+        for name, (arm, group) in cases.items():
+            start = time.perf_counter()
+            update(adagrpo.objective(policy, shop, arm, Config(group=group), rows)[0])
+            seconds.setdefault(name, []).append(time.perf_counter() - start)
+    nll, small, large = (min(seconds[name]) for name in cases)
+    assert small < 2.6 * nll
+    assert large < 2 * small
 
 
 def test_every_arm_takes_its_own_samples():
