@@ -113,14 +113,17 @@ class Block(nn.Module):
             nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
         )
 
-    def forward(self, x: Tensor, past: tuple | None, sees: Tensor | None):
+    def forward(self, x: Tensor, past: tuple | None, sees: Tensor | None, last: bool = False):
         B, N, D = x.shape
         qkv = self.qkv(self.norm1(x)).view(B, N, 3, self.heads, D // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, D / heads)
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=sees, is_causal=sees is None)
-        x = x + self.out(y.transpose(1, 2).reshape(B, N, D))
+        if last:  # keys and values of all N tokens, but only the last one goes on
+            x, q = x[:, -1:], q[:, :, -1:]
+        causal = sees is None and not last
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=sees, is_causal=causal)
+        x = x + self.out(y.transpose(1, 2).reshape(x.shape))
         return x + self.mlp(self.norm2(x)), (k, v)
 
 
@@ -129,7 +132,8 @@ class Policy(nn.Module):
 
     forward(tokens (B, N)) -> log-probabilities of the next token (B, N, V), and a cache of keys
     and values. With `cache`, the N tokens are the next tokens of N parallel branches at position
-    `start`, and `sees` (B, N, keys) says which keys each branch may attend to.
+    `start`, and `sees` (B, N, keys) says which keys each branch may attend to. `last` asks for the
+    last token's output alone (B, 1, V): all that decoding needs of a prompt.
     """
 
     def __init__(self, width: int = 64, heads: int = 4, layers: int = 2, vocab: int = VOCAB):
@@ -142,11 +146,14 @@ class Policy(nn.Module):
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
 
-    def forward(self, tokens: Tensor, cache: list | None = None, start: int = 0, sees=None):
+    def forward(
+        self, tokens: Tensor, cache: list | None = None, start: int = 0, sees=None, last=False
+    ):
         where = torch.arange(tokens.shape[1], device=tokens.device) * (cache is None) + start
         x, new = self.token(tokens) + self.position(where), []
         for i, block in enumerate(self.blocks):
-            x, keys = block(x, cache and cache[i], None if sees is None else sees[:, None])
+            mask, top = None if sees is None else sees[:, None], last and block is self.blocks[-1]
+            x, keys = block(x, cache and cache[i], mask, top)
             new.append(keys)
         return F.log_softmax(self.head(self.norm(x)), dim=-1), new
 
@@ -223,8 +230,8 @@ def rollout(
     if kind not in ("sample", "beam") or group < 1:
         raise ValueError(f"kind must be sample or beam and group >= 1, got {kind!r}, {group}")
     (B, T), riders = history.shape, 0 if target is None else 1
-    logp, cache = policy(history)
-    logp = logp[:, -1:].expand(B, 1 + riders, -1)  # (B, branches, V), the target's branch last
+    logp, cache = policy(history, last=True)
+    logp = logp.expand(B, 1 + riders, -1)  # (B, branches, V), the target's branch last
     total = logp.new_zeros(B, 1 + riders)
     tokens = history.new_zeros(B, 1 + riders, 0)
     sees = torch.ones(B, 1 + riders, T, dtype=torch.bool, device=history.device)
