@@ -37,6 +37,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from functools import reduce
 from operator import getitem
 from pathlib import Path
@@ -134,7 +135,7 @@ class Ranker(nn.Module):
 def fit(model: nn.Module, lr: float, batches: list, loss_of: Callable, label: str, after=None):
     """One AdamW update per batch: warm-up, linear decay to zero, gradient norm at most 1."""
     optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
-    worker = multiprocessing.current_process().name  # SpawnPoolWorker-2: its bar is line 2
+    worker = multiprocessing.current_process().name  # SpawnProcess-2: its bar is line 2
     line = int("".join(filter(str.isdigit, worker)) or 0)
     for step, batch in enumerate(tqdm(batches, label, leave=False, disable=None, position=line)):
         optimizer.param_groups[0]["lr"] = lr * min((step + 1) / 20, 1 - step / len(batches))
@@ -279,12 +280,12 @@ def adagrpo_gate(
     stays out (its discriminability is nan). Raises ValueError or TypeError naming the argument.
     Source: the two diagnostics and the binary clip are the paper's; their formulas are ours.
     """
-    shape, masks = tuple(rollout_rewards.shape), {"hit": hit, "valid": valid}
+    shape = tuple(rollout_rewards.shape)
     if len(shape) != 2 or shape[1] < 2:
         raise ValueError(f"rollout_rewards must be (B, G) with G >= 2, got {shape}")
     if target_reward.shape != shape[:1]:
         raise ValueError(f"target_reward must be {shape[:1]}, got {tuple(target_reward.shape)}")
-    for name, mask in masks.items():
+    for name, mask in (("hit", hit), ("valid", valid)):
         if mask.shape != shape or mask.dtype != torch.bool:
             error = TypeError if mask.dtype != torch.bool else ValueError
             raise error(f"{name} must be bool {shape}, got {mask.dtype} {tuple(mask.shape)}")
@@ -529,9 +530,10 @@ def work(config, seed: int, arms: list[str]) -> None:
     start = pretrain(shop)
     seen, text = survey(start, shop, config)
     hard, clear = seen["hard"] > 0, seen["clear"] > 0
-    groups = {"all": hard | ~hard, "hard+clear": hard & clear, "hard+unclear": hard & ~clear}
-    groups |= {"easy+clear": ~hard & clear, "easy+unclear": ~hard & ~clear}
+    groups = {"all": hard | ~hard}
     groups |= {name: torch.from_numpy(world.test.kind == k) for k, name in enumerate(KINDS)}
+    groups |= {"hard+clear": hard & clear, "hard+unclear": hard & ~clear}
+    groups |= {"easy+clear": ~hard & clear, "easy+unclear": ~hard & ~clear}
     head = {"settings": config.settings, "code": config.code, "seed": seed}
     head |= {"before": summary(seen | evaluate(start, shop, world.test), groups), "saw": text}
     for arm, file in files.items():
@@ -654,8 +656,9 @@ def main(argv: list[str] | None = None) -> None:
             collect(config)  # complains before hours of work
         except (OSError, ValueError) as error:
             sys.exit(f"adagrpo.py: --out: {error}")
-        with multiprocessing.get_context("spawn").Pool(config.jobs) as pool:
-            pool.starmap(work, shares, chunksize=1)
+        spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+        with ProcessPoolExecutor(config.jobs, spawn) as pool:
+            list(pool.map(work, *zip(*shares, strict=True)))
         report(config, collect(config))
 
 
