@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """What a training step costs, in plain NLL steps: python .github/speed.py [--threads 1].
 
-The variants take turns, so that a slow moment of the machine hits all of them; medians are compared.
-A step is forward, backward, gradient clipping and update, with the ranker.
+The variants take turns, so that a slow moment of the machine hits all of them; medians count. A
+step is forward, backward, gradient clipping and update, with the ranker.
 """
 
 import argparse
