@@ -55,9 +55,8 @@ L = len(CODEBOOK)  # tokens per item
 VOCAB = sum(CODEBOOK)  # every level of the semantic ID has tokens of its own
 OFFSET = (0, CODEBOOK[0], CODEBOOK[0] + CODEBOOK[1])  # the first token of each level
 
+
 # ------------------------------------------------------------------------------ policy and ranker
-
-
 class Block(nn.Module):
     """Pre-norm transformer block that can attend to the keys and values of an earlier call."""
 
@@ -133,7 +132,7 @@ class Ranker(nn.Module):
 
 
 def fit(model: nn.Module, lr: float, batches: list, loss_of: Callable, label: str, after=None):
-    """One AdamW update per batch: warm-up, linear decay to zero, gradient norm at most 1."""
+    """One AdamW update per batch: warm-up, linear decay towards 0, gradient norm at most 1."""
     optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
     worker = multiprocessing.current_process().name  # SpawnProcess-2: its bar is line 2
     line = int("".join(filter(str.isdigit, worker)) or 0)
@@ -153,10 +152,9 @@ def shuffled(rows: int, size: int, epochs: int) -> list[Tensor]:
 
 
 def train_ranker(world: World, negatives: int) -> Ranker:
-    """Clicks on impressions, BCE, plus random catalogue items per slate labelled "no click".
+    """BCE on clicks, plus random catalogue items per slate labelled "no click".
 
-    Production rankers are trained like this: what the feed never showed is learned from those
-    random negatives only.
+    As in production, what the feed never showed is learned from those random negatives only.
     """
     ranker, shown = Ranker(), torch.as_tensor(world.shown)
     history, clicked = torch.as_tensor(world.feed.history), torch.as_tensor(world.clicked).float()
@@ -208,8 +206,6 @@ def pretrain(shop: Shop) -> Policy:
 
 
 # -------------------------------------------------------------------------------------- rollouts
-
-
 def continuations(total: Tensor, logp: Tensor, group: int, decode: str) -> tuple[Tensor, Tensor]:
     """Which branch goes on with which token, (B, G) each; total (B, Q), logp (B, Q, V)."""
     B, Q, V = logp.shape
@@ -252,8 +248,6 @@ def rollout(policy: Policy, prompt: Tensor, target: Tensor, group: int, decode: 
 
 
 # ---------------------------------------------------------- the method: gate, advantages, losses
-
-
 class Gate(NamedTuple):
     admit: Tensor  # (B,) bool: hard and clear
     hard: Tensor  # (B,) bool: difficulty reaches its threshold
@@ -393,7 +387,7 @@ def train(policy: Policy, shop: Shop, arm: str, groups: dict[str, Tensor], confi
     fit(policy, 1e-3, shop.batches(shop.world.posttrain, config.batch), loss_of, arm, validate)
     best, final = max(checkpoints, key=lambda checkpoint: checkpoint[0]), checkpoints[-1]
     for name, (hr, model) in {"best": best, "final": final}.items():
-        if not records or best is not final:
+        if not records or best is not final:  # no model is tested twice
             figures = summary(evaluate(model, shop, shop.world.test), groups)
         record = {"arm": arm, "checkpoint": name, "admitted": float(np.mean(admitted))}
         record |= {"metrics": {metric: figures["all"][metric] for metric in METRICS}}
@@ -481,8 +475,6 @@ def summary(figures: dict[str, Tensor], groups: dict[str, Tensor]) -> dict[str, 
 
 
 # -------------------------------------------------------------------- experiment: seeds and arms
-
-
 def code_hash() -> str:
     """Of this program without comments and docstrings: which code made a figure."""
     files = [Path(__file__).with_name(name) for name in ("toy_data.py", "adagrpo.py")]
