@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: MIT
-"""From finished runs to the README's claims and pictures: python .github/evidence.py DIR [DIR ...]
+"""Claims and pictures of the README from finished runs: python .github/evidence.py FILE [FILE ...]
 
-Each DIR holds the results.json of one study; its settings tell which. A claim holds if the whole
-95% interval over seeds (Student, paired by seed) is on the right side of its bound, fails if all of
-it is on the wrong side, else it is undecided. Of several comparisons the weakest one is shown.
+A FILE is an --out of adagrpo.py. Runs with equal settings make a study, the first study decides. A
+claim holds if all of its 95% interval over seeds (Student, paired) is on the right side of the
+bound, fails if all is on the wrong side, else is undecided. The weakest comparison is shown.
 """
 
 import argparse
 import json
 import math
+import sys
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student, 1 to 9 degrees of freedom
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from adagrpo import FIGURES, GROUPS, T95
+
 OURS, ORACLE, HALVES = "adagrpo", "oracle-1.8", ("difficulty", "discriminability")
 MIXES = ("mix-0.1", "mix-0.3", "mix-1", "mix-3")
 WEIGHTS = ("adagrpo-0.3", "adagrpo-1", "adagrpo", "adagrpo-15")
@@ -26,16 +29,15 @@ COLOURS = ("#8da0cb", "#66a61e", "#e6ab02", "#a6761d", "#d95f02")
 
 
 class Study:
-    def __init__(self, folder: Path):
-        results = json.loads((folder / "results.json").read_text())
-        self.runs = {(r["seed"], r["arm"], r["checkpoint"]): r for r in results["runs"]}
-        self.settings, self.versions = results["runs"][0]["settings"], results["versions"]
-        self.seeds = sorted({seed for seed, _, _ in self.runs})
+    def __init__(self, records: list[dict]):
+        self.runs = {(record["seed"], record["arm"]): record for record in records}
+        self.settings, self.seeds = records[0]["settings"], sorted({seed for seed, _ in self.runs})
 
     def level(self, arm, metric="hr@10", group="all", which="final") -> dict[int, float]:
         """The arm's figure for every seed that has it."""
-        runs = {s: self.runs[s, arm, which] for s in self.seeds if (s, arm, which) in self.runs}
-        return {seed: run["groups"][group][metric] for seed, run in runs.items()}
+        row, column = FIGURES.index(metric), GROUPS.index(group)
+        runs = {s: self.runs[s, arm] for s in self.seeds if (s, arm) in self.runs}
+        return {seed: run[which][row][column] for seed, run in runs.items()}
 
     def gain(self, arm, base="nll", relative=False, **where) -> list[float]:
         """Per seed that has both: the arm's figure less the base's, or in percent of the base's."""
@@ -47,10 +49,10 @@ class Study:
         """Per seed: the arm's HR@10 less that of the one of `others` that is best on validation."""
         gains = []
         for seed, level in self.level(arm).items():
-            runs = [self.runs[seed, a, "final"] for a in others if (seed, a, "final") in self.runs]
+            runs = [self.runs[seed, a] for a in others if (seed, a) in self.runs]
             if len(runs) == len(others):
-                picked = max(runs, key=lambda run: run["validation"]["hr@10"])
-                gains.append(level - picked["metrics"]["hr@10"])
+                picked = max(runs, key=lambda run: run["validation"])
+                gains.append(level - self.level(picked["arm"])[seed])
         return gains
 
 
@@ -180,16 +182,14 @@ def frontier(study: Study, file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR")
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
     parser.add_argument("--pictures", type=Path, default=Path(__file__).parent)
-    args = parser.parse_args()
-    for folder in args.folders:
-        if not (folder / "results.json").exists():
-            parser.error(f"there is no results.json in {folder}")
-    studies = [Study(folder) for folder in args.folders]
-    codes = {run["code"] for study in studies for run in study.runs.values()}
-    code = "MIXED CODE" if len(codes) > 1 else "code"
-    print(f"seeds {studies[0].seeds}, {studies[0].versions}, {code} {', '.join(sorted(codes))}")
+    args, studies = parser.parse_args(), {}
+    for file in args.files:
+        for record in json.loads(file.read_text()):
+            studies.setdefault(str(record["settings"]), []).append(record)
+    studies = [Study(records) for records in studies.values()]
+    print(f"seeds {studies[0].seeds}, {studies[0].settings}")
     print_claims(studies[0])
     print_reported(studies)
     bars(studies[0], args.pictures / "kinds.svg")

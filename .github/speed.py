@@ -26,18 +26,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     torch.set_num_threads(parser.parse_args().threads)
     torch.manual_seed(0)
-    shop = adagrpo.Shop(make_world(0, posttrain=BATCH, pretrain=1, feed=1), adagrpo.Ranker())
-    policy, batches = adagrpo.Policy(), shop.batches(shop.world.posttrain, BATCH)
+    world, ranker = make_world(0, posttrain=BATCH, pretrain=1, feed=1), adagrpo.Ranker()
+    policy, batches = adagrpo.Policy(torch.as_tensor(world.tokens)), world.posttrain.batches(BATCH)
 
     def nll(batch: tuple) -> torch.Tensor:
-        history, target, _, _ = batch
-        tokens = torch.cat([shop.prompt(history), shop.tokens[target]], dim=1)
+        history, target, _ = map(torch.as_tensor, batch)
+        tokens = policy.tokens[torch.cat([history, target[:, None]], dim=1)].flatten(1)
         logp, _ = policy(tokens[:, :-1])
         return F.nll_loss(logp.flatten(0, 1), tokens[:, 1:].flatten())
 
     def ours(group: int, decode: str):
         config = adagrpo.settings(["--group", str(group), "--decode", decode])
-        return lambda batch: adagrpo.training_step(policy, shop, "adagrpo", config, batch)[0]
+        return lambda batch: adagrpo.training_step(policy, ranker, "adagrpo", config, batch)[0]
 
     losses = {"NLL": nll}
     losses |= {f"{d}, G={g}": ours(g, d) for g in (16, 32) for d in ("beam", "sample")}
