@@ -6,13 +6,13 @@ about some samples and wrong about others, because its log shows only what an ol
 AdaGRPO trains EVERY sample with supervised NLL and lets the GRPO term in only where the policy
 finds the sample hard AND the ranker can tell the true item from the group's negatives.
 
-  (1) rollouts          o_1..o_G from policy(. | x): beams or samples, likeliest first
+  (1) rollouts          o_1..o_G from policy(. | x): beams or random draws, likeliest first
   (2) difficulty        d = share of the group ahead of the target y; 1 if y is not in the group
   (3) discriminability  m = r(y) - mean r(o_i) over the negatives: valid o_i other than y
   (4) gate              g = [d >= min_difficulty and m >= min_margin], 0 or 1, no gradient
   (5) advantage         A_i = (r(o_i) - mean r) / std r within the group; exactly 0 if r is flat
   (6) GRPO              -mean_i min(ratio_i A_i, clip(ratio_i) A_i), ratio on the whole item
-  (7) loss              mean over the batch of NLL + weight * g * GRPO
+  (7) loss              mean over the batch of (NLL + weight * g * GRPO); NLL = -log policy(y | x)
 
 x is a history; r is the ranker's click probability, 0 where an ID names no item (a hallucination).
 Shapes: B samples, G rollouts each, T prompt tokens, V tokens in all, L = 3 tokens per item.
@@ -29,7 +29,7 @@ import copy
 import json
 import re
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import cpu_count, get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -67,8 +67,8 @@ class Policy(nn.Module):
     """A small GPT over semantic-ID tokens; decoding is free, so it may name no item.
 
     forward(tokens (B, N)) -> log-probabilities of what follows each (B, N, V), and keys and values.
-    With those as `cache`, the tokens are the next of N branches, all at position `start`, and
-    `sees` (B, 1, N, keys) says what each may attend to.
+    With those of a prompt as `cache`, the tokens are no sequence but the next of N branches, all at
+    position `start`, and `sees` (B, 1, N, keys) says what each may attend to.
     """
 
     def __init__(self, tokens: Tensor, width: int = 64, vocab: int = VOCAB):
@@ -157,22 +157,22 @@ def rollout(policy: Policy, prompt: Tensor, target: Tensor, group: int, decode: 
 
     prompt (B, T) is encoded once; each branch attends to it and to its own tokens (mask `sees`), so
     G costs little. The target (B, 3) is one more branch whose tokens are given: NLL needs no second
-    forward. All V tokens are allowed. Likeliest first, beams and samples alike. Scheme: ours.
+    forward. All V tokens are allowed. Likeliest first, beams and samples alike.
     """
     (B, T), row = prompt.shape, torch.arange(len(prompt))[:, None]
     logp, cache = policy(prompt)
     logp = logp[:, -1:].expand(-1, 2, -1)  # two branches so far: the group's root, the target's
-    total, tokens = torch.zeros(B, 2), prompt[:, :0].view(B, 1, 0).expand(-1, 2, -1)
-    sees = torch.ones(B, 2, T, dtype=torch.bool)
+    total, tokens = torch.zeros(B, 2), torch.zeros(B, 2, 0, dtype=torch.long)  # nothing written yet
+    sees = torch.ones(B, 2, T, dtype=torch.bool)  # the whole prompt
     for level in range(L):
-        Q, V = logp.shape[1] - 1, logp.shape[2]  # the last branch is the target's
+        Q, V = logp.shape[1] - 1, logp.shape[2]  # Q branches of the group, then the target's
         with torch.no_grad():  # which branches exist carries no gradient
             if decode == "beam":  # the likeliest of all Q * V continuations
                 best = (total[..., None] + logp)[:, :-1].flatten(1).topk(min(group, Q * V)).indices
                 parent, token = best // V, best % V  # (B, G) each
             else:  # G draws from the root, then one from every branch, by inverse transform
                 parent = (torch.arange(group) * Q // group).expand(B, -1)
-                cdf = logp[..., :-1].exp().cumsum(-1)  # 6 times as fast as torch.multinomial
+                cdf = logp[..., :-1].exp().cumsum(-1)  # a draw is the number of these below it
                 token = (cdf[row, parent] < torch.rand(B, group, 1)).sum(-1)
         parent = F.pad(parent, (0, 1), value=Q)  # the target's branch goes on with itself
         token = torch.cat([token, target[:, level, None]], dim=1)  # (B, G + 1)
@@ -206,10 +206,10 @@ def adagrpo_gate(
 ) -> Gate:
     """Eq. (2)-(4): admit GRPO per sample where the policy finds it hard and the ranker is clear.
 
-    Needs torch alone: copy it. The G columns stand in the policy's order, likeliest first. A margin
-    and not a rank: where the ranker is blind its scores are all but equal, and a rank cannot see
-    that. Thresholds are inclusive. A sample without a valid negative or with a non-finite reward
-    stays out, its discriminability is nan. ValueError names a bad argument.
+    Copy it with `Gate`: they need torch alone. The G columns stand in the policy's order, likeliest
+    first. A margin and not a rank: where the ranker is blind its scores are all but equal, and a
+    rank cannot see that. Thresholds are inclusive. A sample without a valid negative or with a
+    non-finite reward stays out, its discriminability is nan. ValueError names a bad argument.
     """
     shape = tuple(rollout_rewards.shape)
     if len(shape) != 2 or shape[1] < 2:
@@ -221,7 +221,7 @@ def adagrpo_gate(
             raise ValueError(f"{name} must be bool {shape}, got {mask.dtype} {tuple(mask.shape)}")
     if not (0 <= min_difficulty <= 1 and -1 <= min_margin <= 1):
         raise ValueError(f"{min_difficulty=} must be in [0, 1], {min_margin=} in [-1, 1]")
-    difficulty = (hit.cumsum(1) == 0).sum(1) / shape[1]  # (B,)  eq. (2)
+    difficulty = (hit.cumsum(1) == 0).sum(1) / shape[1]  # (B,)  eq. (2): columns before a hit
     negative = valid & ~hit  # (B, G)
     mean = torch.where(negative, rollout_rewards, 0.0).sum(1) / negative.sum(1)  # (B,)
     known = rollout_rewards.isfinite().all(1) & target_reward.isfinite() & negative.any(1)
@@ -246,11 +246,11 @@ def group_advantages(rewards: Tensor, normalize: bool = True) -> Tensor:
 def grpo_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, clip: float = 0.2) -> Tensor:
     """Eq. (6): the clipped surrogate per sample; three (B, G) tensors, else ValueError -> (B,).
 
-    With one update per rollout old_logp is logp.detach(): every ratio is 1 and the printed loss is
+    With one update per rollout old_logp is logp.detach(): every ratio is 1 and the loss is
     -mean(A) = 0. Its gradient, -mean(A_i * grad logp_i), is not. GRPO without KL, ratio per item.
     """
-    if not logp.shape == old_logp.shape == advantages.shape:
-        raise ValueError(f"must be equal: {logp.shape=}, {old_logp.shape=}, {advantages.shape=}")
+    if logp.ndim != 2 or not logp.shape == old_logp.shape == advantages.shape:
+        raise ValueError(f"must be (B, G): {logp.shape=}, {old_logp.shape=}, {advantages.shape=}")
     ratio = (logp - old_logp).exp()
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages).mean(1)
 
@@ -258,17 +258,17 @@ def grpo_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, clip: float = 
 def adagrpo_loss(nll: Tensor, grpo: Tensor, admit: Tensor, weight: float) -> Tensor:
     """Eq. (7): three (B,) tensors, admit bool, else ValueError -> scalar. Divided by B, not by the
     number admitted: the dose of RL is weight * admission rate. Ours but for the gate."""
-    if not nll.shape == grpo.shape == admit.shape or admit.dtype != torch.bool:
+    if nll.ndim != 1 or not nll.shape == grpo.shape == admit.shape or admit.dtype != torch.bool:
         raise ValueError(f"must be (B,): {nll.shape=}, {grpo.shape=}, bool {admit.shape=}")
     return (nll + weight * torch.where(admit, grpo, 0.0)).mean()
 
 
 # ---------------------------------------------------------------------------- training, by arms
 # An arm is RULE or RULE-WEIGHT, as in mix-0.3: which samples the GRPO term sees, and how strongly.
-# Nothing else differs. `kind` is the world's truth, for the oracle alone.
+# All else is equal, but for the last two rules. `kind` is the world's truth, for the oracle alone.
 RULES: dict[str, Callable[[Gate, Tensor], Tensor]] = {
     "nll": lambda gate, kind: torch.zeros_like(gate.admit),
-    "mix": lambda gate, kind: torch.ones_like(gate.admit),  # no gate; mix-1000 is GRPO alone
+    "mix": lambda gate, kind: torch.ones_like(gate.admit),  # no gate; mix-1000 all but drops NLL
     "adagrpo": lambda gate, kind: gate.admit,
     "difficulty": lambda gate, kind: gate.hard,
     "discriminability": lambda gate, kind: gate.clear,
@@ -299,7 +299,7 @@ def training_step(policy: Policy, ranker: Ranker, arm: str, config, batch: tuple
 
 
 def train(policy: Policy, ranker: Ranker, world: World, arm: str, groups, config) -> dict:
-    """Post-train `policy` by one arm: test figures of its final and its best state (validation)."""
+    """Post-train by one arm: test figures of the final state and of the best of 3 on validation."""
     torch.manual_seed(torch.initial_seed())  # the same draws, whichever arms came before
     admitted, states = [], [policy]
 
@@ -312,22 +312,22 @@ def train(policy: Policy, ranker: Ranker, world: World, arm: str, groups, config
 
     fit(policy, 1e-3, world.posttrain.batches(config.batch), loss_of, arm)
     hits = [evaluate(m, ranker, world, world.validation, config)[0][0].mean() for m in states]
-    best = states[np.argmax(hits)]  # the final one where they tie
-    test = {m: evaluate(m, ranker, world, world.test, config)[0] @ groups for m in {policy, best}}
+    top = int(np.argmax(hits))  # the best state; 0, the final one, where they tie
+    test = {i: evaluate(states[i], ranker, world, world.test, config)[0] @ groups for i in {0, top}}
     record = {"arm": arm, "admitted": np.mean(admitted), "validation": hits[0]}
-    return record | {"final": test[policy].tolist(), "best": test[best].tolist()}
+    return record | {"final": test[0].tolist(), "best": test[top].tolist()}
 
 
 # -------------------------------------------------------------------------- evaluation, experiment
 METRICS = ("hr@10", "hr@5", "hr@20", "ndcg@10", "hallucination", "ctr", "dwell")
 FIGURES = (*METRICS, "auc", "hard", "clear", "share")
 GROUPS = ("all", *KINDS, "hard+clear", "hard+unclear", "easy+clear", "easy+unclear")
-T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student, 1 to 9 degrees of freedom
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t, 1 to 9 degrees
 
 
 @torch.no_grad()
 def evaluate(policy: Policy, ranker: Ranker, world: World, split: Split, config):
-    """32 beams over all V^3 IDs, no candidate list -> FIGURES (10, N), and what the gate sees.
+    """32 beams over all V^3 IDs, no candidates -> FIGURES but share (10, N); what the gate sees.
 
     hallucination: share of the top 10 that names no item. ctr, dwell: of the top 10, by the world's
     truth (simulated). auc: the ranker's, target against 100 random items. Percent; dwell seconds.
@@ -368,7 +368,7 @@ def work(config, seed: int, arms: list[str]) -> list[dict]:
     start, ranker = pretrain(world), train_ranker(world, config.negatives)
     figures, seen = evaluate(start, ranker, world, world.test, config)
     kinds, cell = [world.test.kind == k for k in range(3)], 2 * seen["hard"] + seen["clear"]
-    users = np.stack([cell >= 0, *kinds, *(cell == c for c in (3, 2, 1, 0))])  # (GROUPS, N)
+    users = np.stack([cell >= 0, *kinds, *(cell == c for c in (3, 2, 1, 0))])  # by start's gate
     groups = users.T / users.sum(1).clip(1)  # figures @ groups: means by group, (FIGURES, GROUPS)
     before = np.vstack([figures @ groups, 100 * users.mean(1)]).tolist()
     head = {"settings": config.settings, "seed": seed, "before": before}
@@ -411,7 +411,7 @@ NUMBERS = {  # default, smallest, largest, meaning
     "seed": (0, 0, 2**31, "first seed: world, initial weights, rollouts"),
     "seeds": (1, 1, 1000, "how many; from 2 on the tables hold intervals over seeds"),
     "jobs": (cpu_count(), 1, 1000, "processes side by side"),
-    "bias": (1.0, 0.0, 10.0, "exposure bias of the feed, 0 = none"),
+    "bias": (1.0, 0.0, 5.0, "exposure bias of the feed, 0 = none"),
     "negatives": (2, 0, 100, "random negatives per slate in the ranker's training"),
     "steps": (1200, 4, 10**6, "post-training steps, each on fresh users"),
     "batch": (8, 1, 10**5, "users per step (B)"),
@@ -431,7 +431,7 @@ def settings(argv: list[str] | None = None) -> argparse.Namespace:
     add("--arms", nargs="+", default=ARMS, help=f"RULE or RULE-WEIGHT; rules: {', '.join(RULES)}")
     add("--decode", choices=("beam", "sample"), default="beam", help="how rollouts are made")
     here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
-    add("--device", choices=("auto", *here, "cpu"), default="auto", help="auto: the next of these")
+    add("--device", choices=("auto", *here, "cpu"), default="auto", help="auto: a GPU if any")
     add("--out", type=Path, help="JSON file that keeps finished runs; a second call resumes there")
     add("--quick", action="store_true", help="tiny world, at most 40 steps and G 16: a look")
     config = parser.parse_args(argv)
@@ -457,18 +457,18 @@ def main(argv: list[str] | None = None) -> None:
         if config.out:
             config.out.parent.mkdir(parents=True, exist_ok=True)
             config.out.touch()
-            records = json.loads(config.out.read_text() or "[]")
+            records += json.loads(config.out.read_text() or "[]")
         runs = {(r["seed"], r["arm"]): r for r in records if r["settings"] == config.settings}
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise SystemExit(f"adagrpo.py: --out {config.out}: {error!r}") from error
     parts, shares = -(-config.jobs // config.seeds), []  # processes that share a seed
     for seed in range(config.seed, config.seed + config.seeds):
-        arms = [arm for arm in config.arms if (seed, arm) not in runs]
+        arms = [arm for arm in dict.fromkeys(config.arms) if (seed, arm) not in runs]
         shares += [(config, seed, arms[k::parts]) for k in range(min(parts, len(arms)))]
     with ProcessPoolExecutor(config.jobs, get_context("spawn")) as pool:  # CUDA dislikes forks
-        for new in pool.map(work, *zip(*shares, strict=True)):
-            runs |= {(record["seed"], record["arm"]): record for record in new}
-            records += new
+        for share in as_completed([pool.submit(work, *share) for share in shares]):
+            records += share.result()
+            runs |= {(record["seed"], record["arm"]): record for record in share.result()}
             if config.out:  # the file is replaced whole or not at all
                 draft = config.out.with_suffix(".draft")
                 draft.write_text(json.dumps(records))

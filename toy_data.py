@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 KINDS = ("trend", "series", "niche")
-KIND_OF_CATEGORY = np.repeat([2, 1, 0], [3, 2, 11])  # index into KINDS
+KIND_OF_CATEGORY = np.repeat([2, 1, 0], [3, 2, 11])  # 3 niche, 2 series, 11 trend
 HISTORY, SLATE = 8, 10  # items in a purchase history; items in one impression slate
 CODEBOOK = (16, 8, 64)  # semantic ID = (category, sub-category, slot): 8192 IDs, 1000 of them real
 L, VOCAB = len(CODEBOOK), sum(CODEBOOK)  # every level has tokens of its own
@@ -60,7 +60,7 @@ class World:
     clicked: np.ndarray  # (feed users, 10) bool
 
     def true_clicks_and_dwell(self, taste: np.ndarray, items: np.ndarray):
-        """P(click | looked at) in [0, 1] and expected seconds, (N, K) each. For evaluation only.
+        """P(click | looked at) in [0, 1] and expected seconds, (N, K) each. Hidden from training.
 
         taste (N, DIM), items (N, K), -1 for a hallucination, which is never clicked. A click is
         worth 60 s times the appeal, taste . item + quality.
@@ -111,11 +111,11 @@ def shoppers(rng, users: int, tokens, embedding, centre, quality) -> Split:
     kind = KIND_OF_CATEGORY[home]
 
     def logits(rows: slice) -> np.ndarray:
-        at_home = (home[rows, None] == tokens[:, 0]) & (kind[rows, None] == 1)  # one series
+        at_home = (home[rows, None] == tokens[:, 0]) & (kind[rows, None] == 1)  # series only
         return SHARPNESS * (taste[rows] @ embedding.T + quality + at_home)
 
     bought = gumbel_top_k(rng, users, logits, HISTORY + 1)
-    bought = np.where(kind[:, None] == 1, np.sort(bought, axis=1), bought)  # items go by their ID
+    bought = np.where(kind[:, None] == 1, np.sort(bought, axis=1), bought)  # by number: IDs ascend
     return Split(bought[:, :HISTORY], bought[:, HISTORY], taste, kind)
 
 
