@@ -24,10 +24,10 @@ arXiv 2606.08480 (2026). Only its abstract was available: the idea is theirs, th
 unless a source is named. GRPO: Shao et al., DeepSeekMath, arXiv 2402.03300.
 """
 
-import argparse
 import copy
 import json
 import re
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import cpu_count, get_context
@@ -280,7 +280,7 @@ RULES: dict[str, Callable[[Gate, Tensor], Tensor]] = {
 }
 
 
-def training_step(policy: Policy, ranker: Ranker, arm: str, config, batch: tuple):
+def training_step(policy: Policy, ranker: Ranker, arm: str, config: Namespace, batch: tuple):
     """The method on one screen: a batch of one arm -> its loss, and what was seen on the way."""
     history, target, kind = map(torch.as_tensor, batch)  # (B, 8), (B,), (B,)
     rule, _, weight = arm.partition("-")
@@ -326,13 +326,13 @@ T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t, 1 
 
 
 @torch.no_grad()
-def evaluate(policy: Policy, ranker: Ranker, world: World, split: Split, config):
+def evaluate(policy: Policy, ranker: Ranker, world: World, split: Split, config: Namespace):
     """32 beams over all V^3 IDs, no candidates -> FIGURES but share (10, N); what the gate sees.
 
     hallucination: share of the top 10 that names no item. ctr, dwell: of the top 10, by the world's
     truth (simulated). auc: the ranker's, target against 100 random items. Percent; dwell seconds.
     """
-    parts, config = [], argparse.Namespace(**vars(config) | {"decode": "beam", "group": 32})
+    parts, config = [], Namespace(**vars(config) | {"decode": "beam", "group": 32})
     for batch in tqdm(split.batches(100), "evaluation", leave=False, disable=None):
         _, seen = training_step(policy, ranker, "adagrpo", config, batch)
         others = ranker(torch.as_tensor(batch[0]), torch.randint(ITEMS, (len(batch[0]), 100)))
@@ -358,7 +358,7 @@ def example(world: World, seen: dict[str, np.ndarray], user: int) -> list[tuple[
     return [*rows, ("  r(y), d, m, verdict", [*gate, verdict])]
 
 
-def work(config, seed: int, arms: list[str]) -> list[dict]:
+def work(config: Namespace, seed: int, arms: list[str]) -> list[dict]:
     """One process: a seed's world, ranker and pre-trained policy, and a record for each arm."""
     torch.set_num_threads(1)  # tensors are tiny: processes side by side use the cores better
     if config.device != "cpu":  # on a CPU it would only cost time
@@ -379,7 +379,7 @@ def work(config, seed: int, arms: list[str]) -> list[dict]:
     return [head | train(copy.deepcopy(start), ranker, world, arm, groups, config) for arm in arms]
 
 
-def report(config, runs: dict[tuple[int, str], dict]) -> None:
+def report(config: Namespace, runs: dict[tuple[int, str], dict]) -> None:
     """The premise, what the gate saw, arms by metric, arms by group of users."""
     seeds, base = range(config.seed, config.seed + config.seeds), config.arms[0]
 
@@ -422,9 +422,9 @@ NUMBERS = {  # default, smallest, largest, meaning
 }
 
 
-def settings(argv: list[str] | None = None) -> argparse.Namespace:
+def settings(argv: list[str] | None = None) -> Namespace:
     """The command line; a bad setting ends with exit status 2 and a line that names it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     for name, (value, low, high, text) in NUMBERS.items():
         add(f"--{name}", type=type(value), default=value, help=f"{text} ({value}; {low} to {high})")
