@@ -76,7 +76,7 @@ class Policy(nn.Module):
         self.tokens = tokens  # (ITEMS, 3) the ID of every item
         self.item_of = torch.full((vocab,) * L, -1)  # tokens -> item; -1: a hallucination
         self.item_of[tokens.unbind(1)] = torch.arange(len(tokens))
-        self.token = nn.Embedding(vocab, width)
+        self.embedding = nn.Embedding(vocab, width)
         self.position = nn.Embedding(L * (HISTORY + 1), width)
         self.blocks = nn.ModuleList([Block(width), Block(width)])
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocab, bias=False)
@@ -85,7 +85,7 @@ class Policy(nn.Module):
 
     def forward(self, tokens: Tensor, cache=(None, None), start: int | None = None, sees=None):
         where = torch.arange(tokens.shape[1]) if start is None else torch.tensor(start)
-        x, new = self.token(tokens) + self.position(where), []
+        x, new = self.embedding(tokens) + self.position(where), []
         for block, past in zip(self.blocks, cache, strict=True):
             x, keys = block(x, past, sees)
             new.append(keys)
