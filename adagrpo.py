@@ -157,7 +157,7 @@ def rollout(policy: Policy, prompt: Tensor, target: Tensor, group: int, decode: 
 
     prompt (B, T) is encoded once; each branch attends to it and to its own tokens (mask `sees`), so
     G costs little. The target (B, 3) is one more branch whose tokens are given: NLL needs no second
-    forward. All V tokens are allowed. Likeliest first, beams and samples alike.
+    forward. `decode` is "beam" or "sample", from all V tokens; likeliest first either way.
     """
     (B, T), row = prompt.shape, torch.arange(len(prompt))[:, None]
     logp, cache = policy(prompt)
