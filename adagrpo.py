@@ -432,7 +432,7 @@ def settings(argv: list[str] | None = None) -> Namespace:
     add("--decode", choices=("beam", "sample"), default="beam", help="how rollouts are made")
     here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
     add("--device", choices=("auto", *here, "cpu"), default="auto", help="auto: a GPU if any")
-    add("--out", type=Path, help="JSON file that keeps finished runs; a second call resumes there")
+    add("--out", type=Path, help="JSON file of finished runs, to resume; new code: new file")
     add("--quick", action="store_true", help="tiny world, at most 40 steps and G 16: a look")
     config = parser.parse_args(argv)
     if config.quick:
