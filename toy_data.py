@@ -1,149 +1,412 @@
 # SPDX-License-Identifier: MIT
 """A toy shop whose truth is known: who likes what, what the old feed showed, what was clicked.
 
-Two logs come out, as in a real shop: purchases, from which the policy learns, and impressions with
-clicks, which only the ranker sees. Nobody adds noise to a score: the bias is in what impressions do
-NOT hold. Shoppers are of three kinds, recognisable from their history (all definitions are ours):
+Two logs come out, as in a real shop. Purchases: the policy learns from them. Impressions
+with clicks: only the ranker sees them. Nobody adds noise to a score: the bias is in what the
+impressions do NOT hold. Shoppers are of three kinds, recognisable from their history:
 
-  trend   Quality follows fashion. The policy was pre-trained on LAST season's purchases, the
-          impressions are this season's: the policy is unsure, the ranker knows. Listen to it.
-  series  Bought in order, like volumes or refills. The policy reads the order, the ranker sees a
-          bag of items. The policy finds these shoppers easy: leave them alone.
-  niche   The feed all but hides their items: the ranker is blind. Do not listen.
+  trend   Their taste follows fashion. The policy was pre-trained on LAST season's
+          purchases, the impressions are from this season. The policy is unsure and the
+          ranker knows: listen to it.
+  series  They buy almost in order, like volumes or refills. The policy reads the order;
+          the ranker sees a bag of items and cannot. The policy finds these shoppers easy:
+          leave them alone.
+  niche   The feed hides most of their items, so the ranker is blind to these. A tenth is
+          shown and clicked: the ranker pushes those few popular ones. Do not listen.
+
+Purchases of this season are scarce (1,600 shoppers to post-train on), impressions are
+plentiful (200,000 slates). All definitions are ours.
+
+`make_shop` simulates the shop; `load_shop`, at the end, reads your own data in its place.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
+# ------------------------------------------------------------------------ the constants
+
 KINDS = ("trend", "series", "niche")
-KIND_OF_CATEGORY = np.repeat([2, 1, 0], [3, 2, 11])  # 3 niche, 2 series, 11 trend
-HISTORY, SLATE = 8, 10  # items in a purchase history; items in one impression slate
-CODEBOOK = (16, 8, 64)  # semantic ID = (category, sub-category, slot): 8192 IDs, 1000 of them real
-L, VOCAB = len(CODEBOOK), sum(CODEBOOK)  # every level has tokens of its own
-ITEMS, DIM = 1000, 8  # tastes and items are unit vectors of length DIM
-SHARPNESS = 12.0  # purchases ~ softmax(SHARPNESS * appeal) over ALL items, shown or not
-AFFINITY = 5.0  # the feed's own weight on taste, next to popularity
-SIZES = {"test": 12000, "validation": 3000, "posttrain": 9600, "pretrain": 18000, "feed": 200000}
-QUICK = {"test": 300, "validation": 100, "pretrain": 4000, "feed": 20000}
-NICHE_OFFSET = 10.0  # what the feed subtracts from niche items at bias 1
+CATEGORY_KIND = ["niche"] * 3 + ["series"] * 3 + ["trend"] * 10
+
+ITEMS = 1000
+HISTORY = 8  # purchases before the target
+SLATE = 10  # items in one impression of the feed
+
+# A semantic ID is (category, sub-category, slot): 8192 IDs, of which 1000 name an item.
+CATEGORIES = 16
+SUBCATEGORIES = 8
+SLOTS = 64
+
+TASTE_DIM = 8  # tastes and items are vectors of length 1 in this many dimensions
+NICHE_DISTANCE = 2.5  # niche tastes lie apart from the others along the first dimension
+SHARPNESS = 12.0  # purchases ~ softmax(SHARPNESS * appeal), over shown and hidden items
+HOME_BONUS = 1.0  # added to the appeal of their own category for series shoppers
+ORDER_NOISE = 15.0  # in item numbers, of which a category has about 62: ALMOST in order
+
+QUALITY_SPREAD = {"trend": 0.19, "series": 0.15, "niche": 0.15}  # standard deviations
+SEASON_CORRELATION = 0.5  # between last season's quality of a trend item and this one's
+
+FEED_TASTE = 5.0  # the feed's own weight on taste, next to an item's popularity
+POPULARITY_SPREAD = 0.5
+HIDING = 10.0  # what the feed subtracts from hidden niche items at bias 1
+SHOWN_NICHE = 0.1  # share of niche items that the feed does not hide
+
+CLICK_SLOPE = 10.0  # P(click) = sigmoid(CLICK_SLOPE * (appeal - CLICK_CENTRE))
+CLICK_CENTRE = 0.9
+
+SIZES = {
+    "pretrain": 18_000,
+    "posttrain": 1_600,
+    "validation": 3_000,
+    "test": 6_000,
+    "feed": 200_000,
+}
+QUICK_SIZES = {
+    "pretrain": 4_000,
+    "posttrain": 160,
+    "validation": 200,
+    "test": 300,
+    "feed": 20_000,
+}
+
+
+# ------------------------------------------------------------------ what a shop consists of
 
 
 @dataclass
 class Split:
-    """N users with one purchase sequence each; `taste` and `kind` are the truth."""
+    """N shoppers with one sequence of purchases each."""
 
-    history: np.ndarray  # (N, 8) items, in the order they were bought, all different
-    target: np.ndarray  # (N,) the item bought next, not among the history
-    taste: np.ndarray  # (N, DIM) unit vectors
-    kind: np.ndarray  # (N,) of the shopper, index into KINDS
-
-    def batches(self, size: int) -> list[tuple[np.ndarray, ...]]:
-        """(history, target, kind) of `size` users at a time."""
-        starts, columns = range(0, len(self.target), size), (self.history, self.target, self.kind)
-        return [tuple(column[i : i + size] for column in columns) for i in starts]
+    history: np.ndarray  # (N, H) item numbers, oldest first
+    target: np.ndarray  # (N,) the item that was bought next
+    kind: np.ndarray  # (N,) index into Shop.kinds; used for tables only, never to train
 
 
 @dataclass
-class World:
-    """Catalogue, truth, purchases split by user, and the feed's impression log (see module)."""
+class Truth:
+    """What only a simulator knows. It judges the final lists; no training sees it."""
 
-    tokens: np.ndarray  # (ITEMS, 3) semantic ID of every item
-    embedding: np.ndarray  # (ITEMS, DIM) truth
-    quality: np.ndarray  # (ITEMS,) truth, this season's
-    test: Split
+    embedding: np.ndarray  # (ITEMS, TASTE_DIM)
+    quality: np.ndarray  # (ITEMS,) in this season
+    test_taste: np.ndarray  # (N, TASTE_DIM) of the shoppers in the test split
+
+
+@dataclass
+class Shop:
+    """All the arrays that training needs. `load_shop` fills one from a file of your own."""
+
+    tokens: np.ndarray  # (items, L) semantic ID of every item
+    kinds: tuple[str, ...]  # names of the kinds of shopper
+    pretrain: Split  # last season's purchases
+    posttrain: Split  # this season's, and so are the next two
     validation: Split
-    posttrain: Split  # this season's purchases, like test and validation
-    pretrain: Split  # last season's
-    feed: Split  # this season's, but the ranker sees only the history
-    shown: np.ndarray  # (feed users, 10) impressions, from the top of the slate to its bottom
-    clicked: np.ndarray  # (feed users, 10) bool
-
-    def true_clicks_and_dwell(self, taste: np.ndarray, items: np.ndarray):
-        """P(click | looked at) in [0, 1] and expected seconds, (N, K) each. Hidden from training.
-
-        taste (N, DIM), items (N, K), -1 for a hallucination, which is never clicked. A click is
-        worth 60 s times the appeal, taste . item + quality.
-        """
-        appeal = np.einsum("nkd,nd->nk", self.embedding[items], taste) + self.quality[items]
-        clicks = np.where(items < 0, 0.0, 1 / (1 + np.exp(-10 * (appeal - 0.9))))
-        return clicks, clicks * 60 * np.maximum(appeal, 0)
+    test: Split
+    feed_history: np.ndarray  # (M, H) purchases of those who saw the feed
+    shown: np.ndarray  # (M, S) the items that each of them was shown
+    clicked: np.ndarray  # (M, S) bool
+    truth: Truth | None = None  # None for real data
 
 
-def gumbel_top_k(rng: np.random.Generator, users: int, logits_of, k: int) -> np.ndarray:
-    """k different items for each user, in order, without replacement from a softmax: (N, k).
+@dataclass
+class Catalogue:
+    tokens: np.ndarray  # (ITEMS, 3), in ascending order
+    embedding: np.ndarray  # (ITEMS, TASTE_DIM)
+    category: np.ndarray  # (ITEMS,)
+    kind: np.ndarray  # (ITEMS,) name of the kind of shopper that the item is for
+    centre: np.ndarray  # (CATEGORIES, TASTE_DIM)
 
-    `logits_of` maps a slice of users to logits (n, I). Gumbel-top-k trick (Kool et al., 2019).
+
+# ----------------------------------------------------------------------- the simulation
+
+
+def to_length_one(vectors: np.ndarray) -> np.ndarray:
+    """Scale vectors (..., D) to length 1."""
+    length = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return (vectors / length).astype(np.float32)
+
+
+def draw_without_replacement(
+    rng: np.random.Generator, logits: np.ndarray, k: int
+) -> np.ndarray:
+    """Draw k different items per row from softmax(logits), in the order of the draws.
+
+    Every item has an alarm clock that rings at a random time, with rate exp(logit). The
+    first k clocks to ring are the draw: the Gumbel-top-k trick (Kool et al., 2019) without
+    its logarithm. logits (N, items) -> item numbers (N, k).
     """
-    parts = []
-    for start in range(0, users, 4096):  # bounds the (users, items) matrix at 16 MB
-        logits = logits_of(slice(start, min(start + 4096, users)))
-        clock = rng.standard_exponential(logits.shape, dtype=np.float32) * np.exp(-logits)
-        first = np.argpartition(clock, k, axis=1)[:, :k]
-        order = np.take_along_axis(clock, first, axis=1).argsort(axis=1)
-        parts.append(np.take_along_axis(first, order, axis=1))
-    return np.concatenate(parts)
+    rings_at = rng.standard_exponential(logits.shape, dtype=np.float32)
+    rings_at *= np.exp(-logits)
+    first = np.argpartition(rings_at, k, axis=1)[:, :k]  # the k earliest, in any order
+    order = np.take_along_axis(rings_at, first, axis=1).argsort(axis=1)
+    return np.take_along_axis(first, order, axis=1)
 
 
-def unit(x: np.ndarray) -> np.ndarray:
-    return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
+def make_catalogue(rng: np.random.Generator) -> Catalogue:
+    """Categories have a centre, their sub-categories lie around it, and items around those."""
+    centre = rng.normal(size=(CATEGORIES, TASTE_DIM))
+    for category in range(CATEGORIES):
+        is_niche = CATEGORY_KIND[category] == "niche"
+        centre[category, 0] = NICHE_DISTANCE if is_niche else -NICHE_DISTANCE
+    centre = to_length_one(centre)
+
+    # 1000 items in 128 sub-categories: 7 in each, and one more in the first 104.
+    per_subcategory, remainder = divmod(ITEMS, CATEGORIES * SUBCATEGORIES)
+    tokens = []
+    embedding = []
+    for category in range(CATEGORIES):
+        for subcategory in range(SUBCATEGORIES):
+            is_early = category * SUBCATEGORIES + subcategory < remainder
+            size = per_subcategory + int(is_early)
+            nearby = centre[category] + 0.3 * rng.normal(size=TASTE_DIM)
+            middle = to_length_one(nearby)
+            slots = np.sort(rng.choice(SLOTS, size=size, replace=False))
+            for slot in slots:
+                # Every level of the ID has tokens of its own.
+                second = CATEGORIES + subcategory
+                third = CATEGORIES + SUBCATEGORIES + slot
+                tokens.append((category, second, third))
+                embedding.append(middle + 0.2 * rng.normal(size=TASTE_DIM))
+
+    tokens = np.array(tokens)
+    category = tokens[:, 0]
+    kind = np.array(CATEGORY_KIND)[category]
+    return Catalogue(tokens, to_length_one(np.array(embedding)), category, kind, centre)
 
 
-def catalogue(rng: np.random.Generator):
-    """Tokens (ITEMS, 3) in ascending order, embeddings (ITEMS, DIM), category centres (16, DIM)."""
-    categories, subs, slots = CODEBOOK
-    centre = rng.normal(size=(categories, DIM))
-    centre[:, 0] = np.where(KIND_OF_CATEGORY == 2, 2.5, -2.5)  # niche tastes lie apart
-    centre = unit(centre)
-    sub_centre = unit(np.repeat(centre, subs, 0) + 0.3 * rng.normal(size=(categories * subs, DIM)))
-    sub = np.sort(np.arange(ITEMS) % len(sub_centre))  # 7 or 8 items in each sub-category
-    place = np.arange(ITEMS) - np.searchsorted(sub, sub)  # of an item in its sub-category
-    free = rng.permuted(np.tile(np.arange(slots), (len(sub_centre), 1)), axis=1)
-    codes = np.stack([sub // subs, sub % subs, free[sub, place]], axis=1)
-    tokens = codes[np.lexsort(codes.T[::-1])] + np.cumsum((0, *CODEBOOK[:-1]))
-    return tokens, unit(sub_centre[sub] + 0.2 * rng.normal(size=(ITEMS, DIM))), centre
+def make_qualities(
+    rng: np.random.Generator, catalogue: Catalogue
+) -> tuple[np.ndarray, np.ndarray]:
+    """How good each item is: last season and this season, (ITEMS,) each.
 
-
-def shoppers(rng, users: int, tokens, embedding, centre, quality) -> Split:
-    """Users with a home category, a taste near its centre, and 9 purchases."""
-    home = rng.integers(len(centre), size=users)
-    taste = unit(centre[home] + rng.normal(0, 0.2, (users, DIM)))
-    kind = KIND_OF_CATEGORY[home]
-
-    def logits(rows: slice) -> np.ndarray:
-        at_home = (home[rows, None] == tokens[:, 0]) & (kind[rows, None] == 1)  # series only
-        return SHARPNESS * (taste[rows] @ embedding.T + quality + at_home)
-
-    bought = gumbel_top_k(rng, users, logits, HISTORY + 1)
-    bought = np.where(kind[:, None] == 1, np.sort(bought, axis=1), bought)  # by number: IDs ascend
-    return Split(bought[:, :HISTORY], bought[:, HISTORY], taste, kind)
-
-
-def make_world(seed: int, bias: float = 1.0, quick: bool = False, **sizes: int) -> World:
-    """Simulate the shop; `sizes` are numbers of users in place of SIZES, each in one split only.
-
-    `bias` >= 0 scales how much popularity and niche count in the feed: 0 shows items by taste
-    alone, 1 all but hides the niche. Every split has a random stream of its own: neither `bias` nor
-    the size of another split changes it. ValueError names what is out of range.
+    Only trend items change. Their new quality has correlation SEASON_CORRELATION with the
+    old one and the same variance.
     """
-    sizes = SIZES | (QUICK if quick else {}) | sizes
-    if sizes.keys() != SIZES.keys() or min(sizes.values()) < 1 or not 0 <= bias < np.inf:
-        raise ValueError(f"need sizes >= 1 of {', '.join(SIZES)}, bias >= 0, got {sizes}, {bias=}")
-    rng, clicks, *streams = np.random.default_rng(seed).spawn(2 + len(sizes))
-    tokens, embedding, centre = catalogue(rng)
-    kind = KIND_OF_CATEGORY[tokens[:, 0]]
-    last_season, news = np.where(kind == 0, 0.19, 0.15) * rng.normal(size=(2, ITEMS))
-    quality = np.where(kind == 0, 0.5 * last_season + 0.75**0.5 * news, last_season)
+    spread = np.array([QUALITY_SPREAD[kind] for kind in catalogue.kind])
+    last_season = spread * rng.normal(size=ITEMS)
+    news = spread * rng.normal(size=ITEMS)
+    kept = SEASON_CORRELATION * last_season
+    changed = kept + np.sqrt(1 - SEASON_CORRELATION**2) * news
+    this_season = np.where(catalogue.kind == "trend", changed, last_season)
+    return last_season, this_season
+
+
+def make_shoppers(
+    rng: np.random.Generator, users: int, catalogue: Catalogue, quality: np.ndarray
+) -> tuple[Split, np.ndarray]:
+    """Shoppers with a home category, a taste near its centre (users, D), and 9 purchases."""
+    home = rng.integers(CATEGORIES, size=users)
+    taste = catalogue.centre[home] + rng.normal(0, 0.2, size=(users, TASTE_DIM))
+    taste = to_length_one(taste)
+    kind = np.array(CATEGORY_KIND)[home]
+    is_series = kind == "series"
+
+    bought = []
+    for start in range(0, users, 4096):  # keeps the (users, items) matrix at 16 MB
+        rows = slice(start, start + 4096)
+        appeal = taste[rows] @ catalogue.embedding.T + quality.astype(np.float32)
+        at_home = home[rows, None] == catalogue.category
+        appeal += HOME_BONUS * (at_home & is_series[rows, None])
+        chosen = draw_without_replacement(rng, SHARPNESS * appeal, HISTORY + 1)
+        bought.append(chosen)
+    bought = np.concatenate(bought)
+
+    # Series shoppers buy almost in the order of the item numbers.
+    position = bought + rng.normal(0, ORDER_NOISE, size=bought.shape)
+    in_order = np.take_along_axis(bought, position.argsort(axis=1), axis=1)
+    bought = np.where(is_series[:, None], in_order, bought)
+
+    kind_number = np.array([KINDS.index(name) for name in kind])
+    split = Split(bought[:, :HISTORY], bought[:, HISTORY], kind_number)
+    return split, taste
+
+
+def click_probability(appeal: np.ndarray) -> np.ndarray:
+    """P(click | looked at) in [0, 1] for appeal = taste . item + quality, any shape."""
+    return 1 / (1 + np.exp(-CLICK_SLOPE * (appeal - CLICK_CENTRE)))
+
+
+def simulated_clicks_and_dwell(
+    truth: Truth, items: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The simulated A/B: what test users would do with these lists, by the truth.
+
+    items (N, K), -1 for a hallucination, which nobody clicks. Returns the probability of a
+    click and the expected seconds (N, K): a click is worth 60 s times the appeal.
+    """
+    liking = np.einsum("nkd,nd->nk", truth.embedding[items], truth.test_taste)
+    appeal = liking + truth.quality[items]
+    clicks = np.where(items < 0, 0.0, click_probability(appeal))
+    dwell = clicks * 60 * np.maximum(appeal, 0)
+    return clicks, dwell
+
+
+def show_feed(
+    rng: np.random.Generator,
+    bias: float,
+    taste: np.ndarray,
+    catalogue: Catalogue,
+    quality: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The old feed: slates of items for shoppers with these tastes, and their clicks."""
+    popularity = POPULARITY_SPREAD * rng.normal(size=ITEMS)
+    is_niche = catalogue.kind == "niche"
+    is_hidden = is_niche & (rng.random(ITEMS) >= SHOWN_NICHE)
+    popularity = bias * (popularity - HIDING * is_hidden)
+
+    # Fewer people look further down the slate.
+    looks = 1 / np.sqrt(np.arange(1, SLATE + 1))
+
+    shown = []
+    clicked = []
+    for start in range(0, len(taste), 4096):
+        liking = taste[start : start + 4096] @ catalogue.embedding.T
+        logits = FEED_TASTE * liking + popularity.astype(np.float32)
+        slate = draw_without_replacement(rng, logits, SLATE)
+        appeal = np.take_along_axis(liking, slate, axis=1) + quality[slate]
+        clicks = rng.random(slate.shape) < looks * click_probability(appeal)
+        shown.append(slate)
+        clicked.append(clicks)
+    return np.concatenate(shown), np.concatenate(clicked)
+
+
+def make_shop(
+    seed: int, bias: float = 1.0, sizes: dict[str, int] | None = None
+) -> Shop:
+    """Simulate the shop.
+
+    `bias` >= 0 scales how much popularity and hiding count in the feed: 0 shows items by
+    taste alone. `sizes` replaces numbers of shoppers in SIZES; each stands in one split
+    only. Every split has a random stream of its own, so neither `bias` nor the size of
+    another split changes it. ValueError names what is out of range.
+    """
+    sizes = SIZES | (sizes or {})
+    if sizes.keys() != SIZES.keys():
+        raise ValueError(f"sizes must be of {', '.join(SIZES)}, got {', '.join(sizes)}")
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"sizes: {name} must be at least 1, got {size}")
+    if not 0 <= bias < np.inf:
+        raise ValueError(f"bias must be a finite number >= 0, got {bias}")
+
+    names = ["catalogue", "feed_slates", *SIZES]
+    streams = np.random.default_rng(seed).spawn(len(names))
+    rng = dict(zip(names, streams, strict=True))
+
+    catalogue = make_catalogue(rng["catalogue"])
+    last_season, this_season = make_qualities(rng["catalogue"], catalogue)
+
     splits = {}
-    for (name, size), stream in zip(sizes.items(), streams, strict=True):
-        season = last_season if name == "pretrain" else quality
-        splits[name] = shoppers(stream, size, tokens, embedding, centre, season.astype(np.float32))
-    taste = splits["feed"].taste
-    popularity = bias * (clicks.normal(0, 0.5, ITEMS) - NICHE_OFFSET * (kind == 2))
-    liking, popularity = AFFINITY * embedding.T, popularity.astype(np.float32)
-    shown = gumbel_top_k(clicks, len(taste), lambda rows: taste[rows] @ liking + popularity, SLATE)
-    world = World(tokens, embedding, quality, **splits, shown=shown, clicked=shown)
-    looks = np.arange(1, SLATE + 1) ** -0.5  # fewer people look further down the slate
-    likes, _ = world.true_clicks_and_dwell(taste, shown)
-    world.clicked = clicks.random(shown.shape) < looks * likes
-    return world
+    tastes = {}
+    for name, size in sizes.items():
+        quality = last_season if name == "pretrain" else this_season
+        split, taste = make_shoppers(rng[name], size, catalogue, quality)
+        splits[name] = split
+        tastes[name] = taste
+
+    feed_rng = rng["feed_slates"]
+    shown, clicked = show_feed(feed_rng, bias, tastes["feed"], catalogue, this_season)
+    return Shop(
+        tokens=catalogue.tokens,
+        kinds=KINDS,
+        pretrain=splits["pretrain"],
+        posttrain=splits["posttrain"],
+        validation=splits["validation"],
+        test=splits["test"],
+        feed_history=splits["feed"].history,
+        shown=shown,
+        clicked=clicked,
+        truth=Truth(catalogue.embedding, this_season, tastes["test"]),
+    )
+
+
+# -------------------------------------------------------------------------- your own data
+
+
+def load_shop(path: str | Path) -> Shop:
+    """A shop from an .npz file of your own; every array is of whole numbers from 0.
+
+    tokens (items, L)                        the semantic ID of every item, all different
+    {pretrain, posttrain, validation, test}_history (N, H), _target (N,)   item numbers
+    {pretrain, posttrain, validation, test}_kind (N,), kinds (K,)   optional: index, names
+    feed_history (M, H), shown (M, S)        item numbers; no post-training target in them
+    clicked (M, S)                           bool, or 0 and 1
+
+    Short histories can be filled with an item that nobody buys. ValueError names the array
+    that is missing or wrong, before any work is done.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
+        raise ValueError(f"cannot read {path} as .npz: {error}") from error
+
+    def take(name: str, dimensions: int, below: int | None = None) -> np.ndarray:
+        """The array of this name, checked: `dimensions`, whole numbers in 0..below-1."""
+        if name not in arrays:
+            raise ValueError(f"{name} is missing")
+        array = arrays[name]
+        if array.dtype == bool:
+            array = array.astype(np.int64)
+        if array.dtype.kind == "f" and np.isnan(array).any():
+            raise ValueError(f"{name} holds NaN; whole numbers are needed")
+        if array.dtype.kind not in "iu":
+            raise ValueError(f"{name} must hold whole numbers, got {array.dtype}")
+        if array.ndim != dimensions:
+            raise ValueError(f"{name} must have {dimensions} axes, got {array.shape}")
+        if array.size == 0:
+            raise ValueError(f"{name} is empty, its shape is {array.shape}")
+        array = array.astype(np.int64)
+        if array.min() < 0:
+            raise ValueError(f"{name} holds {array.min()}; numbers start at 0")
+        if below is not None and array.max() >= below:
+            raise ValueError(f"{name} holds {array.max()}, but must stay below {below}")
+        return array
+
+    def same(name: str, size: int, other: str, other_size: int) -> None:
+        if size != other_size:
+            raise ValueError(f"{name} has size {size}, but {other} has {other_size}")
+
+    tokens = take("tokens", 2)
+    items, length = tokens.shape
+    if len(np.unique(tokens, axis=0)) < items:
+        raise ValueError("tokens: two items have the same semantic ID")
+    if (int(tokens.max()) + 1) ** length >= 2**63:
+        raise ValueError(
+            f"tokens: IDs of {length} codes up to {tokens.max()} are too long"
+        )
+
+    kinds = ()
+    if "kinds" in arrays:
+        kinds = tuple(str(name) for name in np.atleast_1d(arrays["kinds"]))
+
+    splits = {}
+    for split in ("pretrain", "posttrain", "validation", "test"):
+        history = take(f"{split}_history", 2, below=items)
+        target = take(f"{split}_target", 1, below=items)
+        same(f"{split}_target", len(target), f"{split}_history", len(history))
+        kind = np.zeros(len(target), dtype=np.int64)
+        if kinds and f"{split}_kind" in arrays:
+            kind = take(f"{split}_kind", 1, below=len(kinds))
+            same(f"{split}_kind", len(kind), f"{split}_target", len(target))
+        splits[split] = Split(history, target, kind)
+    width = splits["pretrain"].history.shape[1]
+    for name, split in splits.items():
+        same(f"axis 1 of {name}_history", split.history.shape[1], "pretrain's", width)
+
+    feed_history = take("feed_history", 2, below=items)
+    shown = take("shown", 2, below=items)
+    clicked = take("clicked", 2, below=2)
+    same("feed_history", len(feed_history), "shown", len(shown))
+    if clicked.shape != shown.shape:
+        raise ValueError(f"clicked is {clicked.shape}, but shown is {shown.shape}")
+    return Shop(
+        tokens=tokens,
+        kinds=kinds,
+        **splits,
+        feed_history=feed_history,
+        shown=shown,
+        clicked=clicked.astype(bool),
+    )

@@ -1,0 +1,433 @@
+# SPDX-License-Identifier: MIT
+"""The study: many seeds and arms of adagrpo.py, side by side, into one file of results.
+
+    python .github/study.py --seeds 40 41 --arms nll adagrpo --jobs 2 --out runs/study.json
+
+It calls the functions of adagrpo.py and copies none. Every option of adagrpo.py works here
+too and becomes part of the record's settings (--decode sample, --bias 0, ...). An arm is
+RULE, RULE-WEIGHT, RULE@PASSES or RULE-WEIGHT@PASSES, with the rules of adagrpo.py and:
+
+  before    no post-training at all; also holds the premise, by kind of shopper
+  random    as many samples of a batch as the gate admits, but others
+  spread    hard, and the group's rewards have a standard deviation of at least 0.05
+  level     hard, and the ranker gives the target at least 0.1
+  oracle    trend shoppers, by the truth
+  centred   no gate, advantages without the division by std (Dr. GRPO, arXiv 2503.20783)
+
+The file is a list of records {seed, arm, settings, figures}; figures are {group: {metric:
+value}}, in percent (dwell in seconds). Each record is saved when its arm ends, under a
+lock, so several runs can share a file. A run that was stopped goes on where it was; after a
+change of the code take a new file. `--gradients` compares beams and draws instead. Needs
+Linux or macOS.
+"""
+
+import argparse
+import contextlib
+import copy
+import fcntl
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import adagrpo
+from adagrpo import Look, Policy, Ranker, Shop
+from toy_data import QUICK_SIZES, make_shop, simulated_clicks_and_dwell
+
+MIN_SPREAD = 0.05  # both by validation, on development seeds 0-4
+MIN_LEVEL = 0.1
+TEST_USERS = 12_000
+METRICS = ("hr@10", "hr@5", "hr@20", "ndcg@10", "hallucination")
+NOT_IN_RECORD = (
+    "arms",
+    "seed",
+    "jobs",
+    "device",
+    "data",
+)  # the figures do not hang on these
+OTHER_RULES = ("before", "random", "spread", "level", "oracle", "centred")
+
+Rule = Callable[[Look, torch.Tensor], torch.Tensor]
+
+
+# ------------------------------------------------------------------------------ the arms
+
+
+def rule_of(name: str, shop: Shop) -> Rule | None:
+    """As in adagrpo.RULES: which samples of a batch get the GRPO term, (B,) bool."""
+    is_trend = torch.as_tensor(shop.posttrain.kind == shop.kinds.index("trend"))
+
+    def random(seen: Look, rows: torch.Tensor) -> torch.Tensor:
+        return seen.gate.admit[torch.randperm(len(rows))]
+
+    def spread(seen: Look, rows: torch.Tensor) -> torch.Tensor:
+        return seen.gate.hard & (seen.rewards.std(1, correction=0) >= MIN_SPREAD)
+
+    def level(seen: Look, rows: torch.Tensor) -> torch.Tensor:
+        return seen.gate.hard & (seen.target_reward >= MIN_LEVEL)
+
+    def oracle(seen: Look, rows: torch.Tensor) -> torch.Tensor:
+        return is_trend[rows]
+
+    controls = {
+        "random": random,
+        "spread": spread,
+        "level": level,
+        "oracle": oracle,
+        "centred": adagrpo.RULES["mix"],
+    }
+    return (adagrpo.RULES | controls)[name]
+
+
+def centre(rewards: torch.Tensor) -> torch.Tensor:
+    return rewards - rewards.mean(1, keepdim=True)
+
+
+def parse_arm(arm: str, config: argparse.Namespace) -> tuple[str, float, int]:
+    """RULE[-WEIGHT][@PASSES] -> rule, weight, passes. ValueError if it is none."""
+    arm, at, passes = arm.partition("@")
+    rule, dash, weight = arm.partition("-")
+    weight = float(weight) if dash else config.weight
+    passes = int(passes) if at else config.epochs
+    known = (*adagrpo.RULES, *OTHER_RULES)
+    if rule not in known or not 0 <= weight < np.inf or passes < 1:
+        raise ValueError(arm)
+    return rule, weight, passes
+
+
+class Tally:
+    """A rule that also counts what it saw, for the record."""
+
+    def __init__(self, rule: Rule):
+        self.rule = rule
+        self.samples = 0
+        self.admitted = 0
+        self.absent = 0  # admitted samples whose group lacks the target
+        self.outscored = 0  # admitted samples where a negative outscores the target
+
+    def __call__(self, seen: Look, rows: torch.Tensor) -> torch.Tensor:
+        admit = self.rule(seen, rows)
+        # A group that lacks the target has difficulty 1.
+        absent = admit & (seen.gate.difficulty == 1)
+        is_higher = seen.rewards > seen.target_reward[:, None]
+        outscored = admit & is_higher.any(1)
+        self.samples += len(rows)
+        self.admitted += int(admit.sum())
+        self.absent += int(absent.sum())
+        self.outscored += int(outscored.sum())
+        return admit
+
+    def figures(self) -> dict[str, float]:
+        admitted = max(self.admitted, 1)
+        return {
+            "admitted": 100 * self.admitted / max(self.samples, 1),
+            "absent": 100 * self.absent / admitted,
+            "outscored": 100 * self.outscored / admitted,
+        }
+
+
+# ------------------------------------------------------------------------------ one seed
+
+
+def figures_of(
+    shop: Shop, result: dict[str, np.ndarray], masks: dict[str, np.ndarray]
+) -> dict[str, dict[str, float]]:
+    """Means over groups of test users, with the simulated A/B."""
+    clicks, dwell = simulated_clicks_and_dwell(shop.truth, result["list"])
+    figures = {}
+    for name, mask in masks.items():
+        row = {metric: adagrpo.mean_percent(result[metric], mask) for metric in METRICS}
+        row["ctr"] = adagrpo.mean_percent(clicks.mean(1), mask)
+        row["dwell"] = adagrpo.mean_percent(dwell.mean(1), mask) / 100
+        row["share"] = 100 * mask.mean()
+        figures[name] = row
+    return figures
+
+
+def premise_of(
+    shop: Shop, start: Policy, ranker: Ranker, config: argparse.Namespace
+) -> dict[str, dict[str, float]]:
+    """The table that adagrpo.py prints before post-training (validation users)."""
+    saw = adagrpo.evaluate(
+        start,
+        ranker,
+        shop.validation,
+        config,
+        group=config.group,
+        decode=config.decode,
+    )
+    orders = adagrpo.rerank(start, ranker, shop.validation)
+    columns = {
+        "hr@10": orders["hr@10"],
+        "reranked": orders["reranked"],
+        "auc": saw["auc"],
+        "auc in group": saw["auc in group"],
+        "hard": saw["hard"],
+        "clear": saw["clear"],
+        "admitted": saw["admit"],
+    }
+    premise = {}
+    for name, mask in adagrpo.by_kind(shop.validation, shop.kinds).items():
+        row = {title: adagrpo.mean_percent(c, mask) for title, c in columns.items()}
+        row["share"] = 100 * mask.mean()
+        premise[f"premise {name}"] = row
+    return premise
+
+
+def prepare(config: argparse.Namespace) -> tuple[Shop, Policy, Ranker]:
+    """A seed's shop, pre-trained policy and ranker."""
+    sizes = dict(QUICK_SIZES)
+    if not config.quick:
+        sizes = {"posttrain": config.users, "test": TEST_USERS}
+    shop = make_shop(config.seed, config.bias, sizes)
+    return shop, adagrpo.pretrain(shop, config), adagrpo.train_ranker(shop, config)
+
+
+def run_seed(config: argparse.Namespace, arms: list[str], out: Path) -> None:
+    """Run the arms of one seed and save a record after each."""
+    shop, start, ranker = prepare(config)
+    before = adagrpo.evaluate(start, ranker, shop.test, config)
+    masks = adagrpo.by_kind(shop.test, shop.kinds) | adagrpo.by_cell(before)
+
+    for arm in arms:
+        name, weight, passes = parse_arm(arm, config)
+        policy = copy.deepcopy(start)
+        result = before
+        training = {}
+        if name != "before":
+            settings = argparse.Namespace(**{**vars(config), "epochs": passes})
+            advantages_of = adagrpo.group_advantages
+            if name == "centred":
+                advantages_of = centre
+            rule = rule_of(name, shop)
+            if rule is not None:
+                rule = Tally(rule)
+            adagrpo.post_train(
+                policy,
+                ranker,
+                shop.posttrain,
+                rule,
+                weight,
+                settings,
+                report=lambda line: None,
+                advantages_of=advantages_of,
+            )
+            result = adagrpo.evaluate(policy, ranker, shop.test, config)
+            if rule is not None:
+                training = {"training": rule.figures()}
+
+        figures = figures_of(shop, result, masks) | training
+        validation = adagrpo.evaluate(policy, ranker, shop.validation, config)
+        figures["validation"] = {"hr@10": 100 * float(validation["hr@10"].mean())}
+        if name == "before":
+            figures |= premise_of(shop, start, ranker, config)
+        record = {
+            "seed": config.seed,
+            "arm": arm,
+            "settings": settings_of(config),
+            "figures": figures,
+        }
+        save(out, record)
+        hr = figures["all"]["hr@10"]
+        print(f"seed {config.seed}  {arm:<22} HR@10 {hr:.2f}", flush=True)
+
+
+# ------------------------------------------------------------------------ the results file
+
+
+def settings_of(config: argparse.Namespace) -> dict:
+    """What figures depend on besides seed and arm."""
+    named = sorted(vars(config).items())
+    return {name: value for name, value in named if name not in NOT_IN_RECORD}
+
+
+@contextlib.contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Only one process at a time reads and replaces the file."""
+    with path.with_name(path.name + ".lock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def load(path: Path) -> list[dict]:
+    """The records of a results file, [] if there is none. ValueError if it is another's."""
+    if not path.exists():
+        return []
+    if not path.is_file():
+        raise ValueError(f"{path} is no regular file")
+    text = path.read_text()
+    if not text.strip():
+        return []
+    records = json.loads(text)
+    is_ours = isinstance(records, list) and all(
+        isinstance(record, dict) and {"seed", "arm", "settings"} <= record.keys()
+        for record in records
+    )
+    if not is_ours:
+        raise ValueError(f"{path} is no results file of this program")
+    return records
+
+
+def save(path: Path, record: dict) -> None:
+    """Add a record. The file is replaced whole or not at all."""
+    with lock(path):
+        records = [*load(path), record]
+        draft = path.with_name(path.name + ".draft")
+        draft.write_text(json.dumps(records, indent=1))
+        draft.replace(path)
+
+
+# ------------------------------------------------------------------------------- gradients
+
+
+def compare_gradients(config: argparse.Namespace, users: int = 256) -> None:
+    """Cosines of the GRPO gradient of beams, and of draws, with that of 600 draws."""
+    shop, policy, ranker = prepare(config)
+    torch.manual_seed(config.seed)
+
+    def gradient(group: int, decode: str) -> torch.Tensor:
+        settings = argparse.Namespace(
+            **{**vars(config), "group": group, "decode": decode}
+        )
+        policy.zero_grad()
+        for start in range(0, users, 8):
+            history = torch.as_tensor(shop.posttrain.history[start : start + 8])
+            target = torch.as_tensor(shop.posttrain.target[start : start + 8])
+            seen = adagrpo.look(policy, ranker, history, target, settings)
+            advantages = adagrpo.group_advantages(seen.rewards)
+            adagrpo.grpo_loss(
+                seen.logp, seen.logp.detach(), advantages
+            ).sum().backward()
+        return torch.cat([p.grad.flatten() for p in policy.parameters()])
+
+    reference = gradient(600, "sample")
+    for decode in ("beam", "sample"):
+        other = gradient(config.group, decode)
+        cosine = torch.cosine_similarity(reference, other, dim=0).item()
+        name = f"{decode}, G = {config.group}"
+        print(f"seed {config.seed}  {name:<16} cosine {cosine:.3f}", flush=True)
+
+
+# --------------------------------------------------------------------------------- command
+
+
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, argparse.Namespace]:
+    """Our own options, and the settings of adagrpo.py."""
+    parser = argparse.ArgumentParser(
+        description="Many seeds and arms of adagrpo.py, into one file.",
+        epilog="All other options are those of adagrpo.py.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", required=True)
+    parser.add_argument("--arms", nargs="+", default=["before", *adagrpo.ARMS])
+    parser.add_argument("--jobs", type=int, default=multiprocessing.cpu_count())
+    parser.add_argument("--out", type=Path, help="JSON file of results, to resume")
+    parser.add_argument(
+        "--gradients", action="store_true", help="compare, train nothing"
+    )
+    options, rest = parser.parse_known_args(argv)
+
+    config = adagrpo.settings(rest)
+    for seed in options.seeds:
+        if not 0 <= seed < 2**31:
+            parser.error(f"argument --seeds: must be from 0 to 2**31, got {seed}")
+    for arm in options.arms:
+        try:
+            parse_arm(arm, config)
+        except ValueError:
+            rules = ", ".join((*adagrpo.RULES, *OTHER_RULES))
+            parser.error(
+                f"argument --arms: {arm} is no RULE[-WEIGHT][@PASSES]: {rules}"
+            )
+    if not 1 <= options.jobs:
+        parser.error(f"argument --jobs: must be at least 1, got {options.jobs}")
+    if config.data:
+        parser.error("argument --data: the study is for the toy shop")
+    if options.out is None and not options.gradients:
+        parser.error("argument --out: needed")
+    if options.out is not None:
+        options.out = options.out.resolve()  # writes through a link
+        try:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            load(options.out)
+            with lock(options.out):  # is the folder ours to write to?
+                pass
+        except (OSError, ValueError) as error:
+            parser.error(f"argument --out: {error}")
+    options.jobs = min(options.jobs, 61)  # the most that Windows allows
+    return options, config
+
+
+def missing_work(
+    options: argparse.Namespace, config: argparse.Namespace
+) -> list[tuple[argparse.Namespace, list[str], Path]]:
+    """One task for each seed: the arms that the file lacks."""
+    done = set()
+    for record in load(options.out):
+        if record["settings"] == settings_of(config):
+            done.add((record["seed"], record["arm"]))
+    tasks = []
+    for seed in options.seeds:
+        arms = [arm for arm in options.arms if (seed, arm) not in done]
+        if arms:
+            seed_config = argparse.Namespace(**{**vars(config), "seed": seed})
+            tasks.append((seed_config, arms, options.out))
+    return tasks
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run what the file lacks. Returns the exit status."""
+    options, config = parse(argv)
+    if options.gradients:
+        adagrpo.start_process(config.device)
+        for seed in options.seeds:
+            config.seed = seed
+            compare_gradients(config)
+        return 0
+
+    tasks = missing_work(options, config)
+    errors = []
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(
+        options.jobs,
+        context,
+        initializer=adagrpo.start_process,
+        initargs=(config.device,),
+    )
+    with pool:
+        try:
+            futures = {pool.submit(run_seed, *task): task for task in tasks}
+            for future in as_completed(futures):
+                error = future.exception()
+                if error is not None:
+                    seed = futures[future][0].seed
+                    errors.append(f"seed {seed}: {type(error).__name__}: {error}")
+        except BaseException:
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+
+    for error in errors:
+        print(f"study.py: {error}", file=sys.stderr)
+    if errors:
+        print(f"study.py: finished arms are kept in {options.out}", file=sys.stderr)
+    return int(bool(errors))
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenProcessPool:
+        sys.exit("study.py: a process has ended; finished arms are kept")
