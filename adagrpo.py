@@ -1,34 +1,47 @@
 # SPDX-License-Identifier: MIT
 """AdaGRPO in one file: reinforcement learning from a ranker that is not right everywhere.
 
-A policy, a small GPT, writes the semantic ID of the item that a shopper buys next. A ranker,
-a click model, scores what it wrote. The ranker is right about some samples and wrong about
-others, because it learned only from what an old feed showed. AdaGRPO trains EVERY sample with
-supervised NLL and admits the GRPO term sample by sample: only where the policy finds the
-sample hard AND the ranker puts the true item above what the policy wrote instead.
+A policy, a small GPT, writes the semantic ID of the item that a shopper buys next: L tokens,
+from the coarse category to the single item. A ranker, a click model, scores what it wrote.
+The ranker is right about some samples and wrong about others, because it learned only from
+what an old feed showed. AdaGRPO trains EVERY sample with supervised NLL and admits the GRPO
+term sample by sample: only where the policy finds the sample hard AND the ranker puts the
+true item above what the policy wrote instead.
 
-  x is a history, y its target (the item that was bought next), r the ranker's score.
+A sample is a history x and a target y, the item that was bought next. r is the ranker's
+score of an item: the reward. An ID that names no item is a hallucination; its reward is 0.
 
-  (1) rollouts          a group o_1 .. o_G from policy(. | x), likeliest first
+  (1) rollouts          a group of G items o_1 .. o_G that the policy writes for x,
+                        likeliest first
   (2) difficulty        d = share of the group that stands ahead of y; 1 if y is not in it
-  (3) discriminability  m = r(y) - mean of r(o_i) over the negatives: valid o_i other than y
+  (3) discriminability  m = r(y) - mean r over the negatives, the items in the group that
+                        are not y; hallucinations do not count
   (4) gate              g = 1 if d >= min_difficulty and m >= min_discriminability, else 0
   (5) advantages        A_i = (r(o_i) - mean r) / std r in the group; exactly 0 if r is flat
-  (6) GRPO              -mean over i of min(ratio_i A_i, clip(ratio_i) A_i)
+  (6) GRPO              -mean over i of min(ratio_i A_i, clip(ratio_i) A_i), where ratio_i is
+                        policy(o_i | x) over its value at the time of the rollout
   (7) loss              mean over samples of NLL + weight * g * GRPO; NLL = -log policy(y | x)
 
+The program pre-trains a policy on old purchases and a ranker on the clicks of the feed. Then
+it post-trains copies of the policy by several rules, the arms (NLL alone, fixed mixtures, half
+a gate, AdaGRPO), and compares them. The file reads from the top: policy, ranker, rollout, the
+method (gate, advantages, losses), the training loop, evaluation. What follows `evaluate` only
+prints tables and starts the program.
+
 Shapes: B samples, G rollouts in each group, L tokens per item, V tokens in the vocabulary,
-T = H * L tokens in the prompt (a history of H items).
+T = H * L tokens in the prompt (a history of H items). No tensor names its device: torch's
+default device is set when the program starts.
 
 What is left out, and why:
   - a KL term: the NLL is the anchor;
-  - several updates per rollout: so the ratio in (6) is 1, and its clipping never acts;
-  - constrained decoding: it would hide hallucinations (IDs that name no item);
+  - several updates per rollout: so every ratio is 1 (its gradient is not 0) and no clipping
+    ever acts;
+  - constrained decoding: it would hide hallucinations;
   - distributed training: the models are tiny.
 
-The default group is not drawn at random: it holds the G likeliest items, found by beam
-search. The GRPO term is then a listwise contrast between these and no unbiased policy
-gradient; `--decode sample` draws the group instead.
+By default the group is not drawn at random: it holds the G likeliest items, found by beam
+search. The GRPO term then compares these items with each other; it is no unbiased estimate
+of the policy gradient. `--decode sample` draws the group instead.
 
 Paper: Xu, Qi, Zou et al., "Adaptive Loss Balancing for Noise-Robust GRPO in Generative
 Recommendation", arXiv 2606.08480 (2026). Only its abstract was available: the idea is
@@ -47,6 +60,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -56,6 +70,33 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from toy_data import QUICK_SIZES, Shop, Split, load_shop, make_shop
+
+
+@dataclass
+class Config:
+    """The settings; each has a command-line option of the same name."""
+
+    seed: int = 0  # of the shop, the initial weights, and all random draws
+
+    # the ranker's training and the policy's pre-training
+    bias: float = (
+        1.0  # how strongly the toy shop's feed favours and hides items; 0: not
+    )
+    negatives: int = 2  # random items beside each slate of the feed, as "no click"
+    ranker_epochs: int = 3
+    pretrain_epochs: int = 4
+
+    # post-training
+    users: int = 1600  # shoppers of the toy shop to post-train on
+    epochs: int = 4  # passes over them
+    batch: int = 8  # samples per step (B)
+    lr: float = 1e-3
+    group: int = 32  # rollouts per sample (G)
+    decode: str = "beam"  # how they are made: "beam" or "sample"
+    weight: float = 5.0  # of the GRPO term beside the NLL
+    min_difficulty: float = 0.3  # of 32 beams: the target is not among the first ten
+    min_discriminability: float = 0.01  # in the unit of the reward, a click probability
+
 
 # ------------------------------------------------------------------------------- policy
 
@@ -73,7 +114,12 @@ class Attention(nn.Module):
         B, N, D = x.shape
         return x.view(B, N, self.heads, D // self.heads).transpose(1, 2)
 
-    def forward(self, x: Tensor, past: tuple | None, mask: Tensor | None):
+    def forward(
+        self,
+        x: Tensor,  # (B, N, D): N tokens
+        past: tuple[Tensor, Tensor] | None = None,  # keys and values of earlier calls
+        mask: Tensor | None = None,  # (B, 1, N, keys); None: a causal sequence
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         q, k, v = self.qkv(x).chunk(3, dim=-1)  # (B, N, D) each
         q = self.split_heads(q)  # (B, heads, N, D / heads)
         k = self.split_heads(k)
@@ -83,7 +129,7 @@ class Attention(nn.Module):
             k = torch.cat([past_k, k], dim=2)
             v = torch.cat([past_v, v], dim=2)
 
-        # Without a mask the tokens are a sequence: each sees itself and those before it.
+        # Without a mask, each token sees itself and those before it.
         is_sequence = mask is None
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=is_sequence
@@ -104,7 +150,12 @@ class Block(nn.Module):
             nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
         )
 
-    def forward(self, x: Tensor, past: tuple | None, mask: Tensor | None):
+    def forward(
+        self,
+        x: Tensor,
+        past: tuple[Tensor, Tensor] | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         attended, keys_and_values = self.attention(self.norm1(x), past, mask)
         x = x + attended
         x = x + self.mlp(self.norm2(x))
@@ -112,51 +163,53 @@ class Block(nn.Module):
 
 
 class Policy(nn.Module):
-    """A small GPT over the tokens of semantic IDs. It is free to write IDs of no item.
+    """A small GPT over the tokens of semantic IDs.
 
-    tokens (items, L) are the IDs of the catalogue, `history_length` is H. Vocabulary,
-    positions and L follow from these. ValueError if two items share an ID.
+    Nothing stops it from writing an ID that names no item. `item_tokens` (items, L) are the
+    IDs of the catalogue, `history_length` is H; vocabulary and positions follow from these.
+    ValueError if two items share an ID.
     """
 
-    def __init__(self, tokens: Tensor, history_length: int, width: int = 64):
+    def __init__(self, item_tokens: Tensor, history_length: int, width: int = 64):
         super().__init__()
-        L = tokens.shape[1]
-        vocabulary = int(tokens.max()) + 1
+        L = item_tokens.shape[1]
+        V = int(item_tokens.max()) + 1
 
-        self.embedding = nn.Embedding(vocabulary, width)
+        self.embedding = nn.Embedding(V, width)
         self.position = nn.Embedding(L * (history_length + 1), width)
         self.blocks = nn.ModuleList([Block(width), Block(width)])
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, vocabulary, bias=False)
+        self.head = nn.Linear(width, V, bias=False)
         for parameter in self.parameters():
             if parameter.ndim == 2:
                 nn.init.normal_(parameter, std=0.02)
 
-        # An ID read as a number in base V is its key. Sorted keys find the item of an ID.
-        place_values = vocabulary ** torch.arange(L - 1, -1, -1)  # (L,)
-        keys, order = (tokens * place_values).sum(-1).sort()
-        self.register_buffer("tokens", tokens)
-        self.register_buffer("place_values", place_values)
-        self.register_buffer("sorted_keys", keys)
-        self.register_buffer("item_of_key", order)
+        # To find the item of an ID: read the ID as a number in base V, and look the number
+        # up in the sorted numbers of the catalogue.
+        digit_weights = V ** torch.arange(L - 1, -1, -1)  # (L,)
+        numbers, items = (item_tokens * digit_weights).sum(-1).sort()
+        self.register_buffer("item_tokens", item_tokens)
+        self.register_buffer("digit_weights", digit_weights)
+        self.register_buffer("sorted_numbers", numbers)
+        self.register_buffer("sorted_items", items)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens (B, N) -> log-probabilities of the token after each of them (B, N, V)."""
         position = torch.arange(tokens.shape[1])
-        logp, _ = self.forward_with_cache(tokens, position)
-        return logp
+        next_logp, _ = self.forward_with_cache(tokens, position)
+        return next_logp
 
     def forward_with_cache(
         self,
-        tokens: Tensor,
-        position: Tensor,
-        cache: list | None = None,
-        mask: Tensor | None = None,
+        tokens: Tensor,  # (B, N)
+        position: Tensor,  # (N,), or one for all
+        cache: list | None = None,  # of an earlier call
+        mask: Tensor | None = None,  # (B, N, keys) bool, needed with a cache
     ) -> tuple[Tensor, list]:
-        """The same for tokens at any position, which also see the tokens in `cache`.
+        """As `forward`, but the tokens also see those of an earlier call.
 
-        With a mask (B, N, keys) the tokens are no sequence: it says what each one sees.
-        Returns log-probabilities (B, N, V) and the cache for the next call.
+        Without a mask the tokens are a causal sequence. With one, the mask alone says what
+        each token sees. Returns log-probabilities (B, N, V) and the cache for the next call.
         """
         if mask is not None:
             mask = mask[:, None]  # (B, 1, N, keys): the same for all heads
@@ -167,23 +220,67 @@ class Policy(nn.Module):
             past = None if cache is None else cache[layer]
             x, keys_and_values = block(x, past, mask)
             new_cache.append(keys_and_values)
+
         logits = self.head(self.norm(x))
         return logits.log_softmax(-1), new_cache
 
     def prompt(self, history: Tensor) -> Tensor:
         """Item numbers (B, H) -> their tokens in a row (B, T)."""
-        return self.tokens[history].flatten(1)
+        return self.item_tokens[history].flatten(1)
 
     def items_of(self, tokens: Tensor) -> Tensor:
         """Semantic IDs (..., L) -> item numbers (...), -1 for a hallucination."""
-        key = (tokens * self.place_values).sum(-1)
-        place = torch.searchsorted(self.sorted_keys, key)
-        place = place.clamp(max=len(self.sorted_keys) - 1)
-        exists = self.sorted_keys[place] == key
-        return torch.where(exists, self.item_of_key[place], -1)
+        number = (tokens * self.digit_weights).sum(-1)
+        index = torch.searchsorted(self.sorted_numbers, number)
+        index = index.clamp(max=len(self.sorted_numbers) - 1)
+
+        exists = self.sorted_numbers[index] == number
+        return torch.where(exists, self.sorted_items[index], -1)
 
 
-def pretrain(shop: Shop, config: argparse.Namespace) -> Policy:
+# ---------------------------------------------------------------- supervised training
+
+
+def shuffled_batches(samples: int, batch: int, epochs: int) -> tuple[Tensor, ...]:
+    """Row numbers of every batch. Each pass has an order of its own; a batch may span two."""
+    passes = [torch.randperm(samples) for _ in range(epochs)]
+    return torch.cat(passes).split(batch)
+
+
+def make_optimizer(
+    model: nn.Module, lr: float, steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """AdamW with a warm-up of 20 steps and a linear decay to 0."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=lr, foreach=True
+    )  # foreach: faster
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / 20, 1 - step / steps)
+    )
+    return optimizer, scheduler
+
+
+def fit(
+    model: nn.Module,
+    lr: float,
+    batches: tuple[Tensor, ...],
+    loss_of: Callable[[Tensor], Tensor],  # row numbers of a batch -> loss
+    label: str,
+) -> None:
+    """Plain supervised training, for the policy's pre-training and for the ranker."""
+    optimizer, scheduler = make_optimizer(model, lr, len(batches))
+    for rows in tqdm(
+        batches, label, leave=False, disable=None
+    ):  # None: only on a screen
+        loss = loss_of(rows)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
+        optimizer.step()
+        scheduler.step()
+
+
+def pretrain(shop: Shop, config: Config) -> Policy:
     """A policy trained by next-token NLL on last season's sequences of purchases."""
     torch.manual_seed(config.seed)
     split = shop.pretrain
@@ -191,15 +288,15 @@ def pretrain(shop: Shop, config: argparse.Namespace) -> Policy:
     policy = Policy(torch.as_tensor(shop.tokens), history_length)
 
     purchases = np.column_stack([split.history, split.target])
-    sequences = policy.prompt(torch.as_tensor(purchases))  # (N, (H + 1) * L)
+    sequences = policy.prompt(torch.as_tensor(purchases))  # (shoppers, T + L)
 
     def loss_of(rows: Tensor) -> Tensor:
         sequence = sequences[rows]
-        logp = policy(sequence[:, :-1])  # (B, N, V)
-        return F.nll_loss(logp.transpose(1, 2), sequence[:, 1:])
+        next_logp = policy(sequence[:, :-1])  # (B, T + L - 1, V)
+        return F.nll_loss(next_logp.transpose(1, 2), sequence[:, 1:])
 
     batches = shuffled_batches(len(sequences), 128, config.pretrain_epochs)
-    fit(policy, 1e-3, batches, loss_of, "policy, pre-training")
+    fit(policy, 1e-3, batches, loss_of, "pre-training")
     return policy
 
 
@@ -232,20 +329,23 @@ class Ranker(nn.Module):
         item = self.offered(items)  # (B, K, width)
         user = self.bought(history).mean(1, keepdim=True)  # (B, 1, width)
         user = user.expand_as(item)
-        product = 10 * user * item  # numbers around 0.1: times 10, to be of equal size
+
+        # The product of two numbers around 0.1 is around 0.01; times 10 makes it their size.
+        product = 10 * user * item
         features = torch.cat([user, item, product], dim=-1)
         return self.mlp(features).squeeze(-1)
 
     def click_probability(self, history: Tensor, items: Tensor) -> Tensor:
-        """The reward: P(click) in 0..1 (B, K)."""
+        """The score: P(click) in 0..1 (B, K)."""
         return self(history, items).sigmoid()
 
 
-def train_ranker(shop: Shop, config: argparse.Namespace) -> Ranker:
-    """A ranker trained by binary cross-entropy on what the feed showed and what was clicked.
+def train_ranker(shop: Shop, config: Config) -> Ranker:
+    """A ranker trained by binary cross-entropy on the feed: what it showed, what was clicked.
 
-    For every slate a few items are drawn from the catalogue and labelled "no click". Of
-    what the feed never shows, the ranker learns from those alone, as in production.
+    A slate is what one shopper was shown, S items. A few random items of the catalogue join
+    it as "no click", as in production: they are all that the ranker ever learns about
+    items that the feed does not show.
     """
     torch.manual_seed(config.seed)
     items = len(shop.tokens)
@@ -259,6 +359,7 @@ def train_ranker(shop: Shop, config: argparse.Namespace) -> Ranker:
         offered = torch.cat([shown[rows], random_items], dim=1)  # (B, S + negatives)
         no_click = torch.zeros(random_items.shape)
         labels = torch.cat([clicked[rows], no_click], dim=1)
+
         logits = ranker(history[rows], offered)
         return F.binary_cross_entropy_with_logits(logits, labels)
 
@@ -267,56 +368,20 @@ def train_ranker(shop: Shop, config: argparse.Namespace) -> Ranker:
     return ranker
 
 
-# ------------------------------------------------------ what all three trainings share
-
-
-def shuffled_batches(samples: int, batch: int, epochs: int) -> tuple[Tensor, ...]:
-    """Row numbers of every batch, for several passes in different orders."""
-    passes = [torch.randperm(samples) for _ in range(epochs)]
-    return torch.cat(passes).split(batch)
-
-
-def make_optimizer(model: nn.Module, lr: float, steps: int):
-    """AdamW with a warm-up of 20 steps and a linear decay to 0."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, foreach=True)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / 20, 1 - step / steps)
-    )
-    return optimizer, scheduler
-
-
-def fit(
-    model: nn.Module,
-    lr: float,
-    batches: tuple[Tensor, ...],
-    loss_of: Callable[[Tensor], Tensor],
-    label: str,
-) -> None:
-    """Plain supervised training, for the ranker and for pre-training."""
-    optimizer, scheduler = make_optimizer(model, lr, len(batches))
-    for rows in tqdm(batches, label, leave=False, disable=None):
-        loss = loss_of(rows)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
-        optimizer.step()
-        scheduler.step()
-
-
 # ------------------------------------------------------------------------------ rollout
 
 
-def log_prob(policy: Policy, prompt: Tensor, item: Tensor) -> Tensor:
-    """log policy(item | prompt): prompt (B, T), tokens of an item (B, L) -> (B,).
+def log_prob(policy: Policy, prompt: Tensor, item_tokens: Tensor) -> Tensor:
+    """log policy(item | prompt): prompt (B, T), the item's tokens (B, L) -> (B,).
 
-    It is the SUM over the item's tokens, here and everywhere in this file.
+    It is the SUM over the item's tokens, here and in every loss of post-training.
     """
-    L = item.shape[1]
-    sequence = torch.cat([prompt, item], dim=1)
-    logp = policy(sequence[:, :-1])[
-        :, -L:
-    ]  # (B, L, V), one row for each token of the item
-    return -F.nll_loss(logp.transpose(1, 2), item, reduction="none").sum(1)
+    L = item_tokens.shape[1]
+    sequence = torch.cat([prompt, item_tokens], dim=1)
+    next_logp = policy(sequence[:, :-1])  # (B, T + L - 1, V)
+    next_logp = next_logp[:, -L:]  # (B, L, V): those that predict the item
+    token_nll = F.nll_loss(next_logp.transpose(1, 2), item_tokens, reduction="none")
+    return -token_nll.sum(1)
 
 
 def rollout(
@@ -324,73 +389,77 @@ def rollout(
 ) -> tuple[Tensor, Tensor]:
     """Eq. (1): a group of items for each prompt, likeliest first.
 
-    prompt (B, T), decode "beam" or "sample" -> tokens (B, G, L), log-probabilities (B, G),
-    with gradient. Nothing constrains the tokens: an ID may name no item.
+    prompt (B, T), decode "beam" or "sample" -> tokens (B, G, L) and log-probabilities
+    (B, G), which carry the gradient. Nothing constrains the tokens.
 
     The prompt is encoded once. Each rollout is a branch that grows by one token per level
     and sees the prompt and its own tokens. All branches of a level go through the policy
-    side by side, and a mask keeps them apart. With 3 branches, at the second level:
+    side by side; a mask keeps them apart. With 3 branches, at the second level:
 
                         sees:  prompt   level 1   level 2
                                x x x     a b c     d e f
         d, which continues a   1 1 1     1 0 0     1 0 0
         e, which continues a   1 1 1     1 0 0     0 1 0
         f, which continues c   1 1 1     0 0 1     0 0 1
+
+    Nothing continues b: it stays in the cache, and nobody sees it.
     """
     B, T = prompt.shape
-    L = policy.tokens.shape[1]
-    row = torch.arange(B)[:, None]
+    L = policy.item_tokens.shape[1]
+    row = torch.arange(B)[
+        :, None
+    ]  # with it, x[row, parent] picks branches of each sample
 
     # At first there is one branch, the root: it has written nothing and sees the prompt.
-    logp, cache = policy.forward_with_cache(prompt, torch.arange(T))
-    logp = logp[:, -1:]  # (B, 1, V): what may follow each branch
-    total = torch.zeros(B, 1)  # log-probability of what each branch has written
-    tokens = torch.zeros(B, 1, 0, dtype=torch.long)
-    mask = torch.ones(B, 1, T, dtype=torch.bool)
+    # Later there are Q branches.
+    next_logp, cache = policy.forward_with_cache(prompt, torch.arange(T))
+    next_logp = next_logp[:, -1:]  # (B, Q, V): what may follow each branch
+    total = torch.zeros(B, 1)  # (B, Q): log-probability of what each has written
+    tokens = torch.zeros(B, 1, 0, dtype=torch.long)  # (B, Q, tokens so far)
+    mask = torch.ones(B, 1, T, dtype=torch.bool)  # (B, Q, tokens in the cache)
 
     for level in range(L):
-        # Which branches grow, and by which token. The choice has no gradient.
+        # Which branches grow, and by which token, (B, G) both. The choice has no gradient.
         with torch.no_grad():
             if decode == "beam":
-                parent, token = beam(total, logp, group)  # (B, G) each
+                parent, token = beam(total, next_logp, group)
             else:
-                parent, token = draw(logp, group)
+                parent, token = draw(next_logp, group)
 
-        # Each chosen branch is its parent's tokens and one more.
-        from_parent = parent[..., None].expand(-1, -1, logp.shape[2])
-        step_logp = logp.gather(1, from_parent).gather(2, token[..., None])  # (B, G, 1)
-        total = total.gather(1, parent) + step_logp.squeeze(2)  # (B, G)
+        # A new branch is its parent and one more token.
+        total = total[row, parent] + next_logp[row, parent, token]  # (B, G)
         tokens = torch.cat([tokens[row, parent], token[..., None]], dim=2)
 
-        # A branch sees what its parent saw, and itself.
+        # Unless it is complete, the policy reads that token. A branch sees what its parent
+        # saw, and itself.
         if level < L - 1:
             branches = token.shape[1]
             itself = torch.eye(branches, dtype=torch.bool).expand(B, -1, -1)
             mask = torch.cat([mask[row, parent], itself], dim=2)
-            position = torch.tensor(T + level)
-            logp, cache = policy.forward_with_cache(token, position, cache, mask)
+            position = torch.tensor(T + level)  # the same for all branches
+            next_logp, cache = policy.forward_with_cache(token, position, cache, mask)
 
-    order = total.argsort(dim=1, descending=True)
-    return tokens[row, order], total.gather(1, order)
+    order = total.argsort(dim=1, descending=True)  # draws come in no order
+    return tokens[row, order], total[row, order]
 
 
-def beam(total: Tensor, logp: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """The likeliest continuations of all branches: total (B, Q), logp (B, Q, V).
+def beam(total: Tensor, next_logp: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """The G likeliest continuations of all branches: total (B, Q), next_logp (B, Q, V).
 
-    Returns the branch that each one continues and its next token, (B, G) both; fewer than G
-    where there are not so many yet.
+    Returns the branch that each one continues and its next token, (B, G) both; while
+    there are fewer continuations than G, all of them.
     """
-    Q, V = logp.shape[1:]
-    continuations = total[..., None] + logp  # (B, Q, V)
+    Q, V = next_logp.shape[1:]
+    continuations = total[..., None] + next_logp  # (B, Q, V)
     best = continuations.flatten(1).topk(min(group, Q * V)).indices  # (B, G)
     return best // V, best % V
 
 
-def draw(logp: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """G random tokens from the root, later one from every branch: as `beam`."""
-    B, Q = logp.shape[:2]
-    probability = logp.exp()
-    if Q == 1:
+def draw(next_logp: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Random continuations, G from the root, later one from each branch; as `beam`."""
+    B, Q = next_logp.shape[:2]
+    probability = next_logp.exp()
+    if Q == 1:  # the root: a group has at least two branches
         token = torch.multinomial(probability[:, 0], group, replacement=True)
         parent = torch.zeros_like(token)
     else:
@@ -399,7 +468,7 @@ def draw(logp: Tensor, group: int) -> tuple[Tensor, Tensor]:
     return parent, token
 
 
-# ------------------------------------------- the method: gate, advantages, losses
+# ---------------------------------------------- the method: gate, advantages, losses
 
 
 class Gate(NamedTuple):
@@ -415,7 +484,7 @@ class Gate(NamedTuple):
 @torch.no_grad()
 def adagrpo_gate(
     target_reward: Tensor,  # (B,) the ranker's score of the true item
-    rollout_rewards: Tensor,  # (B, G) and of the rollouts, likeliest first
+    rollout_rewards: Tensor,  # (B, G) the ranker's scores of the rollouts
     hit: Tensor,  # (B, G) bool: the rollout is the true item
     valid: Tensor,  # (B, G) bool: the rollout names an item
     min_difficulty: float,  # in 0..1
@@ -423,82 +492,52 @@ def adagrpo_gate(
 ) -> Gate:
     """Eq. (2)-(4): admit GRPO where the policy finds it hard and the ranker is clear.
 
-    To copy it, take `Gate`, this function, `to_reals` and `to_mask`; they need torch alone.
-    Scores may be probabilities or logits, in tensors, arrays or lists. The G columns stand
-    in the policy's order; random draws that have none can put the misses first.
+    The G columns stand in the policy's order, likeliest first. If yours have no order, put
+    the misses first: the difficulty is then the share of misses.
 
-    Thresholds are inclusive, up to rounding. A sample stays out, with discriminability nan,
-    if it has no valid negative, if the score of its target or of a valid negative is not
-    finite, or if their mean overflows. Other scores are not looked at. There is no gradient.
+    A sample whose discriminability is undefined is not admitted: it has no valid negative,
+    or a score that it needs (the target's, a valid negative's) is not finite, or the sum
+    overflows. Thresholds are inclusive, up to rounding. There is no gradient.
 
-    Raises TypeError or ValueError that names the argument. Source: the two diagnostics and
-    the 0/1 gate are from the paper's abstract; the formulas are ours.
+    To copy the gate, take `Gate`, this function and the four helpers at the end of this
+    section; they need torch alone. Scores may be probabilities or logits, in tensors,
+    arrays or lists. Raises TypeError or ValueError that names the argument.
+
+    Source: the two diagnostics and the 0/1 gate are the paper's (abstract), these formulas
+    are ours.
     """
-    target_reward = to_reals("target_reward", target_reward)
     rollout_rewards = to_reals("rollout_rewards", rollout_rewards)
-    hit = to_mask("hit", hit)
-    valid = to_mask("valid", valid)
-
-    shape = tuple(rollout_rewards.shape)
-    if len(shape) != 2 or shape[1] < 2:
-        raise ValueError(f"rollout_rewards must be (B, G) with G >= 2, got {shape}")
-    if target_reward.shape != shape[:1]:
-        given = tuple(target_reward.shape)
-        raise ValueError(f"target_reward must be (B,) = {shape[:1]}, got {given}")
-    if hit.shape != shape:
-        raise ValueError(f"hit must be (B, G) = {shape}, got {tuple(hit.shape)}")
-    if valid.shape != shape:
-        raise ValueError(f"valid must be (B, G) = {shape}, got {tuple(valid.shape)}")
+    B, G = group_shape("rollout_rewards", rollout_rewards)
+    target_reward = to_reals("target_reward", target_reward, (B,))
+    hit = to_mask("hit", hit, (B, G))
+    valid = to_mask("valid", valid, (B, G))
     if not 0 <= min_difficulty <= 1:
         raise ValueError(f"min_difficulty must be in 0..1, got {min_difficulty}")
     if not abs(min_discriminability) < float("inf"):
         raise ValueError(f"min_discriminability must be finite: {min_discriminability}")
 
-    # eq. (2)   hit 0 0 1 0 -> cumsum 0 0 1 1 -> zeros, the rollouts ahead: 2 of 4
-    ahead = hit.cumsum(1) == 0  # (B, G)
-    difficulty = ahead.sum(1) / shape[1]  # (B,)
+    # hit 0 0 1 0 -> cumsum 0 0 1 1: while it is 0, rollouts stand ahead of y; here 2 of 4.
+    is_ahead = hit.cumsum(1) == 0  # (B, G)
+    difficulty = is_ahead.sum(1) / G  # (B,)  eq. (2)
 
-    # eq. (3)   no negative makes this 0 / 0, and what is not finite becomes nan
     negative = valid & ~hit  # (B, G)
     negative_sum = torch.where(negative, rollout_rewards, 0.0).sum(1)  # (B,)
-    difference = target_reward - negative_sum / negative.sum(1)  # (B,)
-    discriminability = torch.where(difference.isfinite(), difference, torch.nan)
+    negative_mean = negative_sum / negative.sum(1)  # nan (0 / 0) without a negative
+    difference = target_reward - negative_mean
+    is_defined = difference.isfinite()
+    discriminability = torch.where(is_defined, difference, torch.nan)  # (B,)  eq. (3)
 
-    # eq. (4)   nan >= threshold is False
     hard = difficulty >= min_difficulty
-    clear = discriminability >= min_discriminability
-    return Gate(hard & clear, hard, clear, difficulty, discriminability)
-
-
-def to_reals(name: str, value: Tensor) -> Tensor:
-    """Numbers of any real type -> tensor of float32, or of float64 if they are that."""
-    try:
-        tensor = torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        given = type(value).__name__
-        raise TypeError(f"{name} must be a tensor of numbers, got {given}") from error
-    if tensor.is_complex():
-        raise TypeError(f"{name} must be real numbers, got {tensor.dtype}")
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def to_mask(name: str, value: Tensor) -> Tensor:
-    """Booleans -> bool tensor. Numbers are refused: they may be something else by mistake."""
-    try:
-        tensor = torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        given = type(value).__name__
-        raise TypeError(f"{name} must be a tensor of bool, got {given}") from error
-    if tensor.dtype != torch.bool:
-        raise TypeError(f"{name} must be bool, got {tensor.dtype}")
-    return tensor
+    clear = discriminability >= min_discriminability  # False for nan
+    admit = hard & clear  # (B,)  eq. (4)
+    return Gate(admit, hard, clear, difficulty, discriminability)
 
 
 def with_floor(scores: Tensor, valid: Tensor, floor: float = 0.0) -> Tensor:
-    """Rewards (B, G): the score, but `floor` for a hallucination, and never less than it.
+    """Rewards (B, G): the ranker's score, or `floor` for a hallucination.
 
-    0 is the floor of probabilities. Scores that can be negative, such as logits, need a
-    floor of their own: an invalid ID must not get a better reward than a bad item.
+    No reward is lower than the floor, so that a hallucination is never better than an item.
+    0 is right for probabilities; scores that can be negative (logits) need another. Ours.
     """
     return torch.where(valid, scores.clamp(min=floor), floor)
 
@@ -506,30 +545,29 @@ def with_floor(scores: Tensor, valid: Tensor, floor: float = 0.0) -> Tensor:
 def group_advantages(rewards: Tensor) -> Tensor:
     """Eq. (5): rewards (B, G) of any real type -> standardised in each group (B, G).
 
-    A flat group gets exactly 0: all rewards equal, at any level, up to rounding (4 units in
-    the last place of the largest). So does a group with a reward that is not finite. A
-    small spread counts like a large one: the advantages do not depend on the rewards' unit.
-    No gradient flows. Computed in float32 or better. Raises TypeError or ValueError.
-    Source: GRPO, with the population standard deviation; the care for flat groups is ours.
+    A flat group (all rewards equal, up to rounding) gets exactly 0, and so does one with a
+    reward that is not finite. A small spread counts like a large one, at any level and in
+    any unit. No gradient flows. Computed in float32 or better.
+
+    Raises TypeError or ValueError. Source: GRPO, with the population standard deviation; the
+    care for flat groups is ours.
     """
     rewards = to_reals("rewards", rewards).detach()
-    shape = tuple(rewards.shape)
-    if len(shape) != 2 or shape[1] < 2:
-        raise ValueError(f"rewards must be (B, G) with G >= 2, got {shape}")
+    group_shape("rewards", rewards)
 
     lowest = rewards.amin(1, keepdim=True)  # (B, 1), nan if there is a nan
     highest = rewards.amax(1, keepdim=True)
     spread = highest - lowest
+    size = torch.maximum(lowest.abs(), highest.abs())
+    rounding = 4 * torch.finfo(rewards.dtype).eps * size
+    has_spread = (spread > rounding) & spread.isfinite()  # False for nan
 
-    # Rewards on a scale of their own, 0..1, cannot overflow or drown in rounding.
+    # Shift and scale do not change eq. (5), and on 0..1 nothing overflows or drowns in
+    # rounding. A flat group is 0 / 0 here, and set to 0 at the end.
     scaled = (rewards - lowest) / spread  # (B, G)
     centred = scaled - scaled.mean(1, keepdim=True)
-    advantages = centred / scaled.std(1, correction=0, keepdim=True)
-
-    largest = torch.maximum(lowest.abs(), highest.abs())
-    rounding = 4 * torch.finfo(rewards.dtype).eps * largest
-    is_spread = (spread > rounding) & spread.isfinite()  # False if there is a nan
-    return torch.where(is_spread, advantages, 0.0)
+    advantages = centred / scaled.std(1, correction=0, keepdim=True)  # eq. (5)
+    return torch.where(has_spread, advantages, 0.0)
 
 
 def grpo_loss(
@@ -537,93 +575,126 @@ def grpo_loss(
 ) -> Tensor:
     """Eq. (6): the clipped surrogate of each sample; three tensors (B, G) -> (B,).
 
-    logp and old_logp are log-probabilities of whole items: SUMS over an item's tokens. With
-    token log-probabilities (B * G, L) sum over L and reshape to (B, G) first.
+    logp and old_logp are log-probabilities of whole items: SUMS over an item's tokens. Of
+    token log-probabilities (B * G, L), sum over L and reshape to (B, G) first.
 
     With one update per rollout old_logp is logp.detach(). Every ratio is then 1 and the
     loss is -mean(A) = 0; its gradient, -mean(A_i * grad logp_i), is not.
 
-    The loss of a sample with a log-probability that is not finite is nan, and its gradient
-    is 0, so that `adagrpo_loss` can drop it. Computed in float32 or better. Raises TypeError
-    or ValueError. Source: GRPO, without its KL term, and with one ratio per item.
+    A ratio that is not finite makes its sample's loss nan, but sends back no nan: a sample
+    that is not admitted can be dropped without a trace. Computed in float32 or better.
+    Raises TypeError or ValueError. Source: GRPO without its KL term, one ratio per item.
     """
     logp = to_reals("logp", logp)
-    old_logp = to_reals("old_logp", old_logp)
-    advantages = to_reals("advantages", advantages)
-    shape = tuple(logp.shape)
-    if len(shape) != 2:
-        raise ValueError(f"logp must be (B, G), one sum for each item, got {shape}")
-    if old_logp.shape != shape:
-        given = tuple(old_logp.shape)
-        raise ValueError(f"old_logp must be (B, G) = {shape} like logp, got {given}")
-    if advantages.shape != shape:
-        given = tuple(advantages.shape)
-        raise ValueError(f"advantages must be (B, G) = {shape} like logp, got {given}")
+    B, G = group_shape("logp", logp)
+    old_logp = to_reals("old_logp", old_logp, (B, G))
+    advantages = to_reals("advantages", advantages, (B, G))
 
     log_ratio = logp - old_logp  # (B, G)
     is_usable = log_ratio.detach().exp().isfinite()
     ratio = torch.where(is_usable, log_ratio, 0.0).exp()
+
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - clip, 1 + clip) * advantages
     surrogate = torch.minimum(unclipped, clipped)
-    return -torch.where(is_usable, surrogate, torch.nan).mean(1)
+    surrogate = torch.where(is_usable, surrogate, torch.nan)
+    return -surrogate.mean(1)  # (B,)  eq. (6)
 
 
 def adagrpo_loss(nll: Tensor, grpo: Tensor, admit: Tensor, weight: float) -> Tensor:
-    """Eq. (7): NLL of every sample, GRPO of the admitted ones; three (B,) -> a scalar.
+    """Eq. (7): nll (B,), grpo (B,), admit (B,) bool -> a scalar.
 
     The sum is divided by B and not by the number admitted: the dose of GRPO is weight *
-    admission rate. NLL is the SUM over the item's L tokens. In a trainer that averages over
-    tokens, the same weight is L times as strong.
+    admission rate. NLL is a SUM over the item's L tokens; if yours is a mean over tokens,
+    divide the weight by L.
 
-    A sample that is not admitted adds nothing of its GRPO term, not even a nan. No samples:
-    0. Raises TypeError or ValueError. Source: the form is the paper's (abstract), the
-    weight and the denominator are ours.
+    A sample that is not admitted adds nothing of its GRPO term, not even a nan. Without
+    samples the loss is 0. Raises TypeError or ValueError. Source: NLL for all and gated
+    GRPO are the paper's (abstract), weight and denominator are ours.
     """
     nll = to_reals("nll", nll)
-    grpo = to_reals("grpo", grpo)
-    admit = to_mask("admit", admit)
-    shape = tuple(nll.shape)
-    if len(shape) != 1:
-        raise ValueError(f"nll must be (B,), got {shape}")
-    if grpo.shape != shape:
-        raise ValueError(f"grpo must be (B,) = {shape}, got {tuple(grpo.shape)}")
-    if admit.shape != shape:
-        raise ValueError(f"admit must be (B,) = {shape}, got {tuple(admit.shape)}")
+    if nll.ndim != 1:
+        raise ValueError(f"nll must have shape (B,), got {tuple(nll.shape)}")
+    B = len(nll)
+    grpo = to_reals("grpo", grpo, (B,))
+    admit = to_mask("admit", admit, (B,))
 
     gated = torch.where(admit, grpo, 0.0)
-    return (nll + weight * gated).sum() / max(len(nll), 1)
+    return (nll + weight * gated).sum() / max(B, 1)  # eq. (7)
 
 
-# ------------------------------------------------------- one look, and the training loop
+# What the functions above accept. Everything else ends with an error that names it.
 
 
-class Look(NamedTuple):
-    """What the policy wrote for B samples, and what the ranker and the gate say of it."""
+def to_tensor(name: str, value: object, shape: tuple | None) -> Tensor:
+    """A tensor, array or list -> tensor, of this shape if one is given."""
+    try:
+        tensor = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        given = type(value).__name__
+        raise TypeError(f"{name} must be a tensor, got {given}: {error}") from error
+    if shape is not None and tensor.shape != shape:
+        given = tuple(tensor.shape)
+        raise ValueError(f"{name} must have shape {shape}, got {given}")
+    return tensor
 
-    tokens: Tensor  # (B, G, L) the group, likeliest first
-    logp: Tensor  # (B, G) its log-probabilities, with gradient
-    items: Tensor  # (B, G) item numbers, -1 for a hallucination
-    rewards: Tensor  # (B, G)
+
+def to_reals(name: str, value: object, shape: tuple | None = None) -> Tensor:
+    """Numbers of any real type -> float64 if they are that, else float32."""
+    tensor = to_tensor(name, value, shape)
+    if tensor.is_complex():
+        raise TypeError(f"{name} must hold real numbers, got {tensor.dtype}")
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def to_mask(name: str, value: object, shape: tuple) -> Tensor:
+    """A mask. Numbers are refused: they may be something else by mistake."""
+    tensor = to_tensor(name, value, shape)
+    if tensor.dtype != torch.bool:
+        raise TypeError(f"{name} must be bool of shape {shape}, got {tensor.dtype}")
+    return tensor
+
+
+def group_shape(name: str, tensor: Tensor) -> tuple[int, int]:
+    shape = tuple(tensor.shape)
+    if len(shape) != 2 or shape[1] < 2:
+        raise ValueError(f"{name} must have shape (B, G) with G >= 2, got {shape}")
+    return shape
+
+
+# ------------------------------------------------------------------------- training loop
+
+
+class Scored(NamedTuple):
+    """The group that the policy wrote for each sample, and what ranker and gate say of it."""
+
+    history: Tensor  # (B, H) item numbers
+    tokens: Tensor  # (B, G, L) the rollouts, likeliest first
+    logp: Tensor  # (B, G) their log-probabilities, with gradient
+    items: Tensor  # (B, G) their item numbers, -1 for a hallucination
+    hit: Tensor  # (B, G) bool: it is the target
+    valid: Tensor  # (B, G) bool: it is an item
+    rewards: Tensor  # (B, G) 0 for a hallucination
     target_reward: Tensor  # (B,)
     gate: Gate
 
 
-def look(
+def roll_out_and_score(
     policy: Policy,
     ranker: Ranker,
     history: Tensor,  # (B, H) item numbers
     target: Tensor,  # (B,) item numbers
-    config: argparse.Namespace,
-) -> Look:
-    """Eq. (1)-(4): roll out, score, and ask the gate."""
-    prompt = policy.prompt(history)
+    config: Config,
+) -> Scored:
+    """Eq. (1)-(4) for a batch: in training, in evaluation and for the printed examples."""
+    prompt = policy.prompt(history)  # (B, T)
     tokens, logp = rollout(policy, prompt, config.group, config.decode)  # eq. (1)
     items = policy.items_of(tokens)  # (B, G)
-    valid = items >= 0
     hit = items == target[:, None]
+    valid = items >= 0
 
-    with torch.no_grad():  # the ranker is not trained here
+    with torch.no_grad():  # the ranker learns nothing here
+        # Hallucinations (-1) are scored as item 0, which `with_floor` then overrides.
         scores = ranker.click_probability(history, items.clamp(min=0))
         rewards = with_floor(scores, valid)  # (B, G)
         target_reward = ranker.click_probability(history, target[:, None]).squeeze(1)
@@ -633,22 +704,29 @@ def look(
         rewards,
         hit,
         valid,
-        min_difficulty=config.min_difficulty,
-        min_discriminability=config.min_discriminability,
+        config.min_difficulty,
+        config.min_discriminability,
     )
-    return Look(tokens, logp, items, rewards, target_reward, gate)
+    return Scored(
+        history, tokens, logp, items, hit, valid, rewards, target_reward, gate
+    )
 
 
-# A rule says which samples of a batch get the GRPO term: (B,) bool. It is given the look and
-# the samples' row numbers in the post-training split. "nll" has none: it never rolls out.
-RULES = {
+# An arm is a rule and a weight of the GRPO term. The rule says which samples of a batch get
+# that term, (B,) bool. NLL alone has no rule: it needs no rollouts.
+Rule = Callable[[Scored], Tensor]
+
+
+def every_sample(scored: Scored) -> Tensor:
+    return torch.ones_like(scored.gate.admit)
+
+
+RULES: dict[str, Rule | None] = {
     "nll": None,
-    "mix": lambda seen, rows: torch.ones_like(
-        seen.gate.admit
-    ),  # no gate: fixed mixture
-    "difficulty": lambda seen, rows: seen.gate.hard,  # half of the gate
-    "discriminability": lambda seen, rows: seen.gate.clear,  # the other half
-    "adagrpo": lambda seen, rows: seen.gate.admit,
+    "mix": every_sample,  # no gate: a fixed mixture of NLL and GRPO
+    "difficulty": lambda scored: scored.gate.hard,  # half of the gate
+    "discriminability": lambda scored: scored.gate.clear,  # the other half
+    "adagrpo": lambda scored: scored.gate.admit,
 }
 
 
@@ -656,45 +734,41 @@ def post_train(
     policy: Policy,
     ranker: Ranker,
     split: Split,
-    rule: Callable[[Look, Tensor], Tensor] | None,  # see RULES
+    rule: Rule | None,
     weight: float,
-    config: argparse.Namespace,
-    label: str = "",
-    report: Callable[[str], None] = print,
-    advantages_of: Callable[[Tensor], Tensor] = group_advantages,
+    config: Config,
+    label: str
+    | None = None,  # begins a printed line every 100 steps; None: print nothing
 ) -> None:
-    """The training loop. It changes `policy`, and reports a line every 100 steps."""
+    """The training loop; it changes `policy`."""
     torch.manual_seed(config.seed)
     all_histories = torch.as_tensor(split.history)
     all_targets = torch.as_tensor(split.target)
     batches = shuffled_batches(len(all_targets), config.batch, config.epochs)
     optimizer, scheduler = make_optimizer(policy, config.lr, len(batches))
 
-    recent = []  # figures of the steps since the last report
+    recent = []  # figures of the steps since the last printed line
     started = time.perf_counter()
     for step, rows in enumerate(batches, start=1):
         history = all_histories[rows]  # (B, H)
         target = all_targets[rows]  # (B,)
 
         # Every sample is supervised.
-        nll = -log_prob(policy, policy.prompt(history), policy.tokens[target])  # (B,)
+        prompt = policy.prompt(history)  # (B, T)
+        nll = -log_prob(policy, prompt, policy.item_tokens[target])  # (B,)
 
         if rule is None:
             loss = nll.mean()
-            recent.append(nll.mean().detach()[None])
+            recent.append({"nll": loss.detach()})
         else:
-            # The GRPO term joins where the rule admits it.
-            seen = look(policy, ranker, history, target, config)  # eq. (1)-(4)
-            admit = rule(seen, rows)  # (B,)
-            advantages = advantages_of(seen.rewards)  # (B, G)  eq. (5)
-            grpo = grpo_loss(seen.logp, seen.logp.detach(), advantages)  # (B,)  eq. (6)
+            # GRPO joins where the rule admits it.
+            scored = roll_out_and_score(policy, ranker, history, target, config)
+            admit = rule(scored)  # (B,)
+            advantages = group_advantages(scored.rewards)  # (B, G)  eq. (5)
+            old_logp = scored.logp.detach()  # one update per rollout
+            grpo = grpo_loss(scored.logp, old_logp, advantages)  # (B,)  eq. (6)
             loss = adagrpo_loss(nll, grpo, admit, weight)  # eq. (7)
-
-            is_easy = ~seen.gate.hard
-            is_unclear = seen.gate.hard & ~seen.gate.clear
-            shares = torch.stack([is_easy, is_unclear, admit]).float().mean(1)
-            means = torch.stack([nll.detach().mean(), seen.rewards.mean()])
-            recent.append(torch.cat([means, shares]))
+            recent.append(training_figures(nll, scored, admit))
 
         optimizer.zero_grad()
         loss.backward()
@@ -702,36 +776,52 @@ def post_train(
         optimizer.step()
         scheduler.step()
 
-        if step % 100 == 0 or step == len(batches):
-            figures = torch.stack(recent).mean(0).tolist()
+        is_last = step == len(batches)
+        if label is not None and (step % 100 == 0 or is_last):
             speed = len(recent) / (time.perf_counter() - started)
-            report(training_line(label, step, figures, speed))
+            print(training_line(label, step, recent, speed), flush=True)
             recent = []
             started = time.perf_counter()
 
 
-TRAINING_HEADER = (
-    f"{'arm':<20}{'step':>6}{'nll':>8}{'reward':>9}"
-    f"{'easy %':>9}{'unclear %':>11}{'admitted %':>12}{'steps/s':>9}"
-)
+def training_figures(nll: Tensor, scored: Scored, admit: Tensor) -> dict[str, Tensor]:
+    """What to watch in training; scalars."""
+    is_easy = ~scored.gate.hard
+    is_unclear = scored.gate.hard & ~scored.gate.clear
+    return {
+        "nll": nll.detach().mean(),
+        "reward": scored.rewards.mean(),  # over all rollouts
+        "easy": is_easy.float().mean(),
+        "unclear": is_unclear.float().mean(),  # hard, but not clear
+        "admitted": admit.float().mean(),  # by the arm's rule
+    }
 
 
-def training_line(label: str, step: int, figures: list[float], speed: float) -> str:
-    """Means over the last 100 steps; `reward` is the mean over all rollouts."""
-    line = f"{label:<20}{step:>6}{figures[0]:>8.2f}"
-    if len(figures) > 1:
-        _, reward, easy, unclear, admitted = figures
-        line += f"{reward:>9.3f}{100 * easy:>9.0f}{100 * unclear:>11.0f}"
-        line += f"{100 * admitted:>12.0f}"
-    else:
-        line += " " * 41  # NLL alone never asks the ranker
-    return line + f"{speed:>9.0f}"
+TRAINING_COLUMNS = ("nll", "reward", "easy", "unclear", "admitted")
+
+
+def training_header() -> str:
+    columns = "".join(f"{name:>10}" for name in TRAINING_COLUMNS)
+    return f"{'arm':<22}{'step':>6}{columns}{'steps/s':>10}"
+
+
+def training_line(label: str, step: int, recent: list[dict], speed: float) -> str:
+    """Means over the recent steps."""
+    line = f"{label:<22}{step:>6}"
+    for name in TRAINING_COLUMNS:
+        if name in recent[0]:
+            mean = torch.stack([figures[name] for figures in recent]).mean().item()
+            line += f"{mean:>10.3f}"
+        else:
+            line += f"{'-':>10}"
+    return line + f"{speed:>10.0f}"
 
 
 # --------------------------------------------------------------------------- evaluation
 
-BEAMS = 32  # of every final list, whatever the group in training was
+BEAMS = 32  # rollouts per user in evaluation, for every arm
 RERANKED = 64  # likeliest items that the ranker may reorder, see `rerank`
+USERS_AT_ONCE = 128
 
 
 @torch.no_grad()
@@ -739,71 +829,70 @@ def evaluate(
     policy: Policy,
     ranker: Ranker,
     split: Split,
-    config: argparse.Namespace,
-    group: int = BEAMS,
-    decode: str = "beam",
-    label: str | None = None,  # of a progress bar
+    config: Config,
+    label: str | None = None,  # of a progress bar; None: no bar
 ) -> dict[str, np.ndarray]:
-    """Figures of every shopper in a split, (N,) each; the shares are in 0..1.
+    """Metrics of every user of a split, (N,) each; shares are in 0..1.
 
-    hr@k              1 if the target is among the k likeliest beams, else 0
-    ndcg@10           1 / log2(1 + rank of the target), 0 below rank 10
-    hallucination     share of the 10 likeliest beams that name no item
-    difficulty, discriminability, hard, clear, admit     the gate's fields
-    auc               share of 100 random items that the ranker scores below the target
-    auc in group      share of the group's valid negatives that it scores below the target
-    list              (N, 10) items of the 10 likeliest beams, -1 for a hallucination
+    hr@k                1 if the target is among the k likeliest rollouts, else 0
+    ndcg@10             1 / log2(1 + rank of the target), 0 below rank 10
+    hallucination       share of the 10 likeliest rollouts that name no item
+    auc                 share of 100 random items that the ranker scores below the target
+    auc in group        share of the group's negatives that it scores below the target
+    top 10              (N, 10) items, -1 for a hallucination
+    the fields of Gate  at the thresholds in `config`
+
+    The rollouts are config.group and config.decode: 32 beams, if lists are to be judged.
     """
     torch.manual_seed(config.seed)  # the same random items for every policy
-    settings = argparse.Namespace(**{**vars(config), "group": group, "decode": decode})
-    discount = 1 / torch.log2(torch.arange(2, 12))  # (10,) of ranks 1 to 10
-    parts = []
-    starts = range(0, len(split.target), 128)
-    for start in tqdm(starts, label, leave=False, disable=quiet_unless(label)):
-        history = torch.as_tensor(split.history[start : start + 128])
-        target = torch.as_tensor(split.target[start : start + 128])
-        seen = look(policy, ranker, history, target, settings)
-        top = seen.items[:, :10]
-        hit = (seen.items == target[:, None]).float()  # (B, G)
+    ranks = torch.arange(1, min(config.group, 10) + 1)
+    discount = 1 / torch.log2(1 + ranks)  # of NDCG
+    batches = []
+    starts = range(0, len(split.target), USERS_AT_ONCE)
+    for start in tqdm(starts, label, leave=False, disable=no_bar(label)):
+        history = torch.as_tensor(split.history[start : start + USERS_AT_ONCE])
+        target = torch.as_tensor(split.target[start : start + USERS_AT_ONCE])
+        scored = roll_out_and_score(policy, ranker, history, target, config)
+        hit = scored.hit.float()  # (B, G)
+        top = scored.items[:, :10]
 
-        random_items = torch.randint(len(policy.tokens), (len(target), 100))
-        others = ranker.click_probability(history, random_items)
-        is_below = others < seen.target_reward[:, None]  # (B, 100)
+        random_items = torch.randint(len(policy.item_tokens), (len(target), 100))
+        random_scores = ranker.click_probability(history, random_items)
+        is_below = random_scores < scored.target_reward[:, None]  # (B, 100)
 
-        negative = (seen.items >= 0) & (seen.items != target[:, None])
-        beaten = negative & (seen.rewards < seen.target_reward[:, None])  # (B, G)
+        negative = scored.valid & ~scored.hit
+        is_beaten = negative & (
+            scored.rewards < scored.target_reward[:, None]
+        )  # (B, G)
 
-        part = {
-            "hr@10": hit[:, :10].amax(1),
+        metrics = {
             "hr@5": hit[:, :5].amax(1),
+            "hr@10": hit[:, :10].amax(1),
             "hr@20": hit[:, :20].amax(1),
-            "ndcg@10": (hit[:, :10] * discount[: hit.shape[1]]).amax(1),
+            "ndcg@10": (hit[:, :10] * discount).amax(1),
             "hallucination": (top < 0).float().mean(1),
             "auc": is_below.float().mean(1),
-            "auc in group": beaten.sum(1) / negative.sum(1),
-            "list": top,
-            **seen.gate._asdict(),
+            "auc in group": is_beaten.sum(1)
+            / negative.sum(1),  # nan without a negative
+            "top 10": top,
         }
-        parts.append(part)
-    return join(parts)
+        batches.append(metrics | scored.gate._asdict())
+    return joined(batches)
 
 
 @torch.no_grad()
 def rerank(
-    policy: Policy,
-    ranker: Ranker,
-    split: Split,
-    label: str | None = None,
+    policy: Policy, ranker: Ranker, split: Split, label: str | None = None
 ) -> dict[str, np.ndarray]:
-    """Has the ranker anything to teach? The policy's 64 likeliest items, in both orders.
+    """Has the ranker anything to teach? HR@10 of the policy's 64 likeliest items, twice.
 
-    Returns (N,) of 0 and 1: "hr@10" by the policy's order and "reranked" by the ranker's.
+    Returns (N,) of 0 and 1: "hr@10" in the policy's order and "reranked" in the ranker's.
     """
-    parts = []
-    starts = range(0, len(split.target), 128)
-    for start in tqdm(starts, label, leave=False, disable=quiet_unless(label)):
-        history = torch.as_tensor(split.history[start : start + 128])
-        target = torch.as_tensor(split.target[start : start + 128])
+    batches = []
+    starts = range(0, len(split.target), USERS_AT_ONCE)
+    for start in tqdm(starts, label, leave=False, disable=no_bar(label)):
+        history = torch.as_tensor(split.history[start : start + USERS_AT_ONCE])
+        target = torch.as_tensor(split.target[start : start + USERS_AT_ONCE])
         tokens, _ = rollout(policy, policy.prompt(history), RERANKED, "beam")
         items = policy.items_of(tokens)  # (B, 64)
         scores = ranker.click_probability(history, items.clamp(min=0))
@@ -811,35 +900,35 @@ def rerank(
 
         best = rewards.topk(10).indices  # (B, 10)
         reranked = items.gather(1, best)
-        part = {
+        metrics = {
             "hr@10": (items[:, :10] == target[:, None]).any(1).float(),
             "reranked": (reranked == target[:, None]).any(1).float(),
         }
-        parts.append(part)
-    return join(parts)
+        batches.append(metrics)
+    return joined(batches)
 
 
-def quiet_unless(label: str | None) -> bool | None:
-    """For tqdm's `disable`: no bar without a label, and none where nobody watches (None)."""
+def no_bar(label: str | None) -> bool | None:
+    """For tqdm's `disable`: True without a label, else None (a bar only on a screen)."""
     if label is None:
         return True
     return None
 
 
-def join(parts: list[dict[str, Tensor]]) -> dict[str, np.ndarray]:
-    """Batches of figures -> one array for each figure."""
-    joined = {}
-    for name in parts[0]:
-        column = [part[name] for part in parts]
-        joined[name] = torch.cat(column).cpu().numpy()
-    return joined
+def joined(batches: list[dict[str, Tensor]]) -> dict[str, np.ndarray]:
+    """One array for each metric."""
+    arrays = {}
+    for name in batches[0]:
+        column = [metrics[name] for metrics in batches]
+        arrays[name] = torch.cat(column).cpu().numpy()
+    return arrays
 
 
 # ------------------------------------------------------------------------------ printing
 
 
 def by_kind(split: Split, kinds: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Masks (N,) over the shoppers of a split: all of them, and each kind."""
+    """Masks (N,) over the users of a split: all of them, and each kind."""
     masks = {"all": np.ones(len(split.target), dtype=bool)}
     for number, name in enumerate(kinds):
         masks[name] = split.kind == number
@@ -847,7 +936,7 @@ def by_kind(split: Split, kinds: tuple[str, ...]) -> dict[str, np.ndarray]:
 
 
 def by_cell(before: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Masks (N,): the four cells of hard / easy and clear / unclear."""
+    """Masks (N,): what the gate said of each user before post-training."""
     hard = before["hard"]
     clear = before["clear"]
     return {
@@ -858,80 +947,101 @@ def by_cell(before: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     }
 
 
-def mean_percent(figures: np.ndarray, mask: np.ndarray) -> float:
-    """Mean of the figures under the mask in percent; nan where there are none."""
-    if not mask.any():
+def mean_percent(metric: np.ndarray, mask: np.ndarray) -> float:
+    """Mean of the metric over the users in the mask, in percent; nan if there are none."""
+    values = metric[mask]
+    values = values[~np.isnan(values)]
+    if len(values) == 0:
         return float("nan")
-    return 100 * float(np.nanmean(figures[mask]))
+    return 100 * float(values.mean())
 
 
-def first_of(split: Split, most: int) -> Split:
-    """At most so many shoppers, evenly spaced over the split."""
+def thinned(split: Split, most: int) -> Split:
+    """At most so many users, evenly spaced over the split."""
     size = len(split.target)
     rows = np.linspace(0, size - 1, min(size, most)).astype(int)
     return Split(split.history[rows], split.target[rows], split.kind[rows])
 
 
-def print_premise(
-    shop: Shop, policy: Policy, ranker: Ranker, config: argparse.Namespace
-) -> None:
+def print_premise(shop: Shop, policy: Policy, ranker: Ranker, config: Config) -> None:
     """What can be known before any post-training: could the ranker teach, and whom?"""
-    validation = first_of(shop.validation, 3000)
-    gate_settings = {"group": config.group, "decode": config.decode}
-    saw = evaluate(policy, ranker, validation, config, **gate_settings, label="premise")
+    validation = thinned(shop.validation, 3000)
+    metrics = evaluate(policy, ranker, validation, config, label="premise")
     orders = rerank(policy, ranker, validation, label="re-ranking")
+    print_premise_by_kind(validation, shop.kinds, metrics, orders)
 
-    print("\nBefore post-training, percent (validation users). re-ranked: HR@10 of the")
-    print(
-        f"policy's {RERANKED} likeliest items in the ranker's order. No rise, no gain."
-    )
-    print(
-        f"{'':<16}{'share':>7}{'HR@10':>8}{'re-ranked':>11}{'AUC':>7}"
-        f"{'AUC in group':>14}{'hard':>7}{'clear':>7}{'admitted':>10}"
-    )
-    for name, mask in by_kind(validation, shop.kinds).items():
-        print(
-            f"{name:<16}"
-            f"{100 * mask.mean():>7.1f}"
-            f"{mean_percent(orders['hr@10'], mask):>8.1f}"
-            f"{mean_percent(orders['reranked'], mask):>11.1f}"
-            f"{mean_percent(saw['auc'], mask):>7.1f}"
-            f"{mean_percent(saw['auc in group'], mask):>14.1f}"
-            f"{mean_percent(saw['hard'], mask):>7.1f}"
-            f"{mean_percent(saw['clear'], mask):>7.1f}"
-            f"{mean_percent(saw['admit'], mask):>10.1f}"
-        )
+    posttrain = thinned(shop.posttrain, 3000)
+    trained = evaluate(policy, ranker, posttrain, config, label="leak check")
+    print_leak_check(trained, metrics)
+    print_quantiles(metrics)
 
-    # The ranker's log must not hold the post-training targets: that would be a leak.
-    posttrain = first_of(shop.posttrain, 3000)
-    trained = evaluate(
-        policy, ranker, posttrain, config, **gate_settings, label="premise"
+
+def print_premise_by_kind(
+    split: Split,
+    kinds: tuple[str, ...],
+    metrics: dict[str, np.ndarray],
+    orders: dict[str, np.ndarray],
+) -> None:
+    print(
+        "\nBefore post-training (validation users, percent). Re-ranked: HR@10 after the"
     )
-    print("\nThe ranker on post-training users and on validation users, percent")
+    print(
+        f"ranker has put the policy's {RERANKED} likeliest items in its own order. Where"
+    )
+    print("that is no higher than HR@10, the ranker has nothing to teach.")
+    columns = {
+        "HR@10": orders["hr@10"],
+        "re-ranked": orders["reranked"],
+        "AUC": metrics["auc"],
+        "AUC in group": metrics["auc in group"],
+        "hard": metrics["hard"],
+        "clear": metrics["clear"],
+        "admitted": metrics["admit"],
+    }
+    print(
+        f"{'':<14}{'share':>8}" + "".join(f"{name:>{width(name)}}" for name in columns)
+    )
+    for kind, mask in by_kind(split, kinds).items():
+        line = f"{kind:<14}{100 * mask.mean():>8.1f}"
+        for name, metric in columns.items():
+            line += f"{mean_percent(metric, mask):>{width(name)}.1f}"
+        print(line)
+
+
+def print_leak_check(
+    trained: dict[str, np.ndarray], metrics: dict[str, np.ndarray]
+) -> None:
+    """A ranker whose log held the post-training targets scores these better than others."""
+    print("\nThe ranker (percent)  post-training users  validation users")
     for name in ("auc", "clear"):
-        a = 100 * trained[name].mean()
-        b = 100 * saw[name].mean()
-        print(f"{name:<16}{a:>7.1f}{b:>8.1f}")
-        if is_clearly_higher(trained[name], saw[name]):
+        print(
+            f"  {name:<20}{100 * trained[name].mean():>19.1f}"
+            f"{100 * metrics[name].mean():>18.1f}"
+        )
+        if is_clearly_higher(trained[name], metrics[name]):
             print(
-                f"WARNING: {name} is higher on post-training users. Does the log that"
+                "  WARNING: a leak? The log that the ranker learned from may hold the"
             )
             print(
-                "the ranker learned from hold their targets? That is a leak: remove them."
+                "  post-training targets. The gate would trust what it has memorised."
             )
-
-    print("\nQuantiles over validation users, to choose thresholds from")
-    shares = (0.1, 0.25, 0.5, 0.75, 0.9)
-    print(f"{'':<18}" + "".join(f"{share:>9.0%}" for share in shares))
-    for name in ("difficulty", "discriminability"):
-        quantiles = np.nanquantile(saw[name], shares)
-        print(f"{name:<18}" + "".join(f"{value:>9.3f}" for value in quantiles))
 
 
 def is_clearly_higher(a: np.ndarray, b: np.ndarray) -> bool:
-    """Is the mean share in `a` above that in `b` by 2 points and by 3 standard errors?"""
+    """Is the mean of `a` above that of `b` by 0.04 and by 3 standard errors?"""
     error = np.sqrt(a.var() / len(a) + b.var() / len(b))
-    return bool(a.mean() - b.mean() > max(0.02, 3 * error))
+    return bool(a.mean() - b.mean() > max(0.04, 3 * error))
+
+
+def print_quantiles(metrics: dict[str, np.ndarray]) -> None:
+    print("\nQuantiles over validation users, to choose thresholds by")
+    shares = (0.1, 0.25, 0.5, 0.75, 0.9)
+    print(f"{'':<18}" + "".join(f"{share:>9.0%}" for share in shares))
+    for name in ("difficulty", "discriminability"):
+        values = metrics[name][~np.isnan(metrics[name])]
+        if len(values) > 0:
+            quantiles = np.quantile(values, shares)
+            print(f"{name:<18}" + "".join(f"{value:>9.3f}" for value in quantiles))
 
 
 def print_examples(
@@ -939,51 +1049,49 @@ def print_examples(
     policy: Policy,
     ranker: Ranker,
     before: dict[str, np.ndarray],
-    config: argparse.Namespace,
+    config: Config,
 ) -> None:
     """What the gate saw: a test user whom it admits, an easy one, and an unclear one."""
-    fates = {
+    verdicts = {
         "admitted": before["admit"],
         "refused, easy": ~before["hard"],
         "refused, not clear": before["hard"] & ~before["clear"],
     }
-    print("\nWhat the gate saw: the five likeliest of the group, three test users")
-    for fate, is_fate in fates.items():
-        # The kind of shopper to whom this happens most, and the first one of it.
-        masks = by_kind(shop.test, shop.kinds)
-        kind = max(
-            masks, key=lambda name: np.nan_to_num(mean_percent(is_fate, masks[name]))
-        )
-        users = np.flatnonzero(is_fate & masks[kind])
+    print("\nWhat the gate saw: the five likeliest of the group, for three test users")
+    kinds = by_kind(shop.test, shop.kinds)
+    for verdict, has_verdict in verdicts.items():
+        # The kind of shopper that this happens to most, and the first one of these.
+        shares = {}
+        for kind, mask in kinds.items():
+            shares[kind] = has_verdict[mask].mean() if mask.any() else 0.0
+        kind = max(shares, key=shares.get)
+        users = np.flatnonzero(has_verdict & kinds[kind])
         if len(users) > 0:
-            print(f"{kind} shopper: {fate}")
+            print(f"{kind} shopper: {verdict}")
             print_group(shop.test, users[0], policy, ranker, config)
 
 
 @torch.no_grad()
 def print_group(
-    split: Split,
-    user: int,
-    policy: Policy,
-    ranker: Ranker,
-    config: argparse.Namespace,
+    split: Split, user: int, policy: Policy, ranker: Ranker, config: Config
 ) -> None:
+    """The group of one user, as the gate saw it."""
     history = torch.as_tensor(split.history[user : user + 1])
     target = torch.as_tensor(split.target[user : user + 1])
-    settings = argparse.Namespace(**{**vars(config), "group": BEAMS, "decode": "beam"})
-    seen = look(policy, ranker, history, target, settings)
-    advantages = group_advantages(seen.rewards)
+    scored = roll_out_and_score(policy, ranker, history, target, config)
+    advantages = group_advantages(scored.rewards)
 
-    bought = policy.tokens[history[0, -3:]]
-    print(row_of("  last bought", [name_of(item) for item in bought]))
-    print(row_of("  rollouts o_i", [name_of(item) for item in seen.tokens[0, :5]]))
-    print(row_of("    policy", [f"{p:.3f}" for p in seen.logp[0, :5].exp()]))
-    print(row_of("    reward", [f"{r:.3f}" for r in seen.rewards[0, :5]]))
-    print(row_of("    advantage", [f"{a:+.2f}" for a in advantages[0, :5]]))
+    bought = policy.item_tokens[history[0, -3:]]
+    print_row("  last bought", [name_of(tokens) for tokens in bought])
+    print_row("  rollouts", [name_of(tokens) for tokens in scored.tokens[0, :5]])
+    print_row("    policy", [f"{p:.3f}" for p in scored.logp[0, :5].exp()])
+    print_row("    reward", [f"{r:.3f}" for r in scored.rewards[0, :5]])
+    print_row("    advantage", [f"{a:+.2f}" for a in advantages[0, :5]])
     print(
-        f"  target y = {name_of(policy.tokens[target[0]])}:"
-        f" r(y) {seen.target_reward[0]:.3f}, difficulty {seen.gate.difficulty[0]:.2f},"
-        f" discriminability {seen.gate.discriminability[0]:+.3f}"
+        f"  target {name_of(policy.item_tokens[target[0]])}:"
+        f" reward {scored.target_reward[0]:.3f},"
+        f" difficulty {scored.gate.difficulty[0]:.2f},"
+        f" discriminability {scored.gate.discriminability[0]:+.3f}"
     )
 
 
@@ -991,43 +1099,46 @@ def name_of(tokens: Tensor) -> str:
     return "-".join(str(token) for token in tokens.tolist())
 
 
-def row_of(name: str, cells: list[str]) -> str:
-    return f"{name:<18}" + "".join(f"{cell:>13}" for cell in cells)
+def print_row(name: str, cells: list[str]) -> None:
+    print(f"{name:<18}" + "".join(f"{cell:>13}" for cell in cells))
 
 
 def print_results(
     shop: Shop,
     before: dict[str, np.ndarray],
-    results: dict[str, dict[str, np.ndarray]],
+    results: dict[str, dict[str, np.ndarray]],  # by arm
 ) -> None:
-    """Two tables: the arms by metric, and by kind of shopper and cell."""
-    metrics = ("hr@10", "hr@5", "hr@20", "ndcg@10", "hallucination")
-    rows = {"before post-training": before, **results}
+    """Two tables: the arms by metric, and by kind of shopper and verdict of the gate."""
+    names = ("hr@10", "hr@5", "hr@20", "ndcg@10", "hallucination")
     everybody = np.ones(len(shop.test.target), dtype=bool)
-    print(f"\nResults, percent ({len(everybody)} test users)")
-    print(f"{'arm':<22}" + "".join(f"{name:>15}" for name in metrics))
-    for name, figures in rows.items():
-        levels = [mean_percent(figures[metric], everybody) for metric in metrics]
-        print(f"{name:<22}" + "".join(f"{level:>15.2f}" for level in levels))
+    print(f"\nResults on {len(everybody)} test users, percent")
+    print(f"{'arm':<22}" + "".join(f"{name:>15}" for name in names))
+    for arm, metrics in {"before post-training": before, **results}.items():
+        levels = [mean_percent(metrics[name], everybody) for name in names]
+        print(f"{arm:<22}" + "".join(f"{level:>15.2f}" for level in levels))
 
-    base = next(iter(results))
-    masks = {**by_kind(shop.test, shop.kinds), **by_cell(before)}
-    print(f"\nHR@10: level of {base}, points against {base}; cells by the gate before")
-    print(f"{'arm':<18}" + "".join(f"{name:>{width_of(name)}}" for name in masks))
-    for arm, figures in results.items():
-        line = f"{arm:<18}"
+    base = next(iter(results))  # the first arm is what the others are compared with
+    print(
+        f"\nHR@10 by kind of shopper, and by the gate's verdict before post-training."
+    )
+    print(f"First line: {base}, percent. Other lines: points more or less than {base}.")
+    masks = by_kind(shop.test, shop.kinds) | by_cell(before)
+    print(f"{'arm':<20}" + "".join(f"{name:>{width(name)}}" for name in masks))
+    for arm, metrics in results.items():
+        line = f"{arm:<20}"
         for name, mask in masks.items():
-            value = mean_percent(figures["hr@10"], mask)
+            level = mean_percent(metrics["hr@10"], mask)
+            base_level = mean_percent(results[base]["hr@10"], mask)
             if arm == base:
-                line += f"{value:>{width_of(name)}.1f}"
+                line += f"{level:>{width(name)}.1f}"
             else:
-                value -= mean_percent(results[base]["hr@10"], mask)
-                line += f"{value:>+{width_of(name)}.1f}"
+                line += f"{level - base_level:>+{width(name)}.1f}"
         print(line)
 
 
-def width_of(name: str) -> int:
-    return max(7, len(name) + 1)
+def width(name: str) -> int:
+    """Of a column with this title."""
+    return max(7, len(name) + 2)
 
 
 # ------------------------------------------------------------------------------- command
@@ -1035,12 +1146,13 @@ def width_of(name: str) -> int:
 ARMS = ["nll", "mix-0.3", "mix-1", "difficulty", "discriminability", "adagrpo"]
 
 
-def parse_arm(arm: str, config: argparse.Namespace) -> tuple[str, float]:
+def parse_arm(arm: str, config: Config) -> tuple[str, float]:
     """RULE or RULE-WEIGHT -> rule and weight. ValueError if it is neither."""
     rule, dash, number = arm.partition("-")
     weight = float(number) if dash else config.weight
     if rule not in RULES or not 0 <= weight < float("inf"):
-        raise ValueError(f"no such arm: {arm}")
+        rules = ", ".join(RULES)
+        raise ValueError(f"{arm} is no RULE or RULE-WEIGHT; the rules are {rules}")
     return rule, weight
 
 
@@ -1050,111 +1162,167 @@ def number(kind: type, lowest: float, highest: float) -> Callable[[str], float]:
     def parse(text: str) -> float:
         value = kind(text)
         if not lowest <= value <= highest:
-            raise argparse.ArgumentTypeError(
-                f"must be from {lowest} to {highest}, got {text}"
-            )
+            message = f"must be from {lowest} to {highest}, got {text}"
+            raise argparse.ArgumentTypeError(message)
         return value
 
     return parse
 
 
-def settings(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line. A bad setting ends it with a line that names the setting."""
+def command_line(argv: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
+    """The settings, and how to run: arms, jobs, device, quick, data.
+
+    A bad option ends the program with a line that names it.
+    """
     parser = argparse.ArgumentParser(
         description="AdaGRPO: GRPO from a biased ranker, gated sample by sample.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
-    several = number(int, 1, 10**6)
+    count = number(int, 1, 10**6)
+    share = number(float, 0, 1)
+    default = Config()
 
     add("--arms", nargs="+", default=ARMS, help="RULE or RULE-WEIGHT, as in mix-0.3")
-    add("--seed", type=number(int, 0, 2**31), default=0, help="of shop, weights, draws")
+    add("--jobs", type=count, help="processes; 1: all in this one (default: the cores)")
     add(
-        "--jobs", type=several, help="processes side by side; 1 needs no process at all"
+        "--device",
+        default="auto",
+        choices=("auto", "cpu", "cuda", "mps"),
+        help="of torch",
     )
-    add(
-        "--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where"
-    )
-    add("--quick", action="store_true", help="a tiny shop: its figures mean nothing")
+    add("--quick", action="store_true", help="a tiny shop; its figures mean nothing")
     add("--data", help="an .npz file of your own in place of the toy shop")
 
+    # one option for each field of Config
+    seeds = number(int, 0, 2**31)
+    add("--seed", type=seeds, default=default.seed, help="of everything random")
+    strength = number(float, 0, 5)
+    add("--bias", type=strength, default=default.bias, help="exposure bias of the feed")
+    several = number(int, 0, 100)
     add(
-        "--bias",
-        type=number(float, 0, 5),
-        default=1.0,
-        help="exposure bias of the feed",
+        "--negatives", type=several, default=default.negatives, help="beside each slate"
     )
-    add(
-        "--negatives", type=number(int, 0, 100), default=2, help="random ones per slate"
-    )
-    add("--pretrain-epochs", type=several, default=4, help="passes in pre-training")
-    add(
-        "--ranker-epochs",
-        type=several,
-        default=3,
-        help="passes of the ranker's training",
-    )
+    add("--ranker-epochs", type=count, default=default.ranker_epochs, help="passes")
+    add("--pretrain-epochs", type=count, default=default.pretrain_epochs, help="passes")
+    add("--users", type=count, default=default.users, help="of the toy's post-training")
+    add("--epochs", type=count, default=default.epochs, help="passes over these users")
+    add("--batch", type=count, default=default.batch, help="users per step (B)")
+    add("--lr", type=share, default=default.lr, help="learning rate of post-training")
+    rollouts = number(int, 2, 1000)
+    add("--group", type=rollouts, default=default.group, help="rollouts per user (G)")
+    kinds = ("beam", "sample")
+    add("--decode", choices=kinds, default=default.decode, help="how to roll out")
+    weights = number(float, 0, 1e6)
+    add("--weight", type=weights, default=default.weight, help="of GRPO beside NLL")
+    least = default.min_difficulty
+    add("--min-difficulty", type=share, default=least, help="share ahead of the target")
+    least = default.min_discriminability
+    rewards = number(float, -1, 1)
+    add("--min-discriminability", type=rewards, default=least, help="of the reward")
 
-    add("--epochs", type=several, default=4, help="passes in post-training")
-    add(
-        "--users",
-        type=several,
-        default=1600,
-        help="post-training users of the toy shop",
-    )
-    add("--batch", type=several, default=8, help="users per step (B)")
-    add("--group", type=number(int, 2, 1000), default=32, help="rollouts per user (G)")
-    add("--decode", choices=("beam", "sample"), default="beam", help="how to roll out")
-    add("--weight", type=number(float, 0, 1e6), default=5.0, help="of GRPO beside NLL")
-    add("--lr", type=number(float, 0, 1), default=1e-3, help="learning rate")
-    add(
-        "--min-difficulty",
-        type=number(float, 0, 1),
-        default=0.3,
-        help="gate: share of the group ahead of the target",
-    )
-    add(
-        "--min-discriminability",
-        type=number(float, -1, 1),
-        default=0.01,
-        help="gate: reward of the target over its negatives' mean",
-    )
-    config = parser.parse_args(argv)
-    for arm in config.arms:
+    options = parser.parse_args(argv)
+    names = vars(default)
+    config = Config(**{name: vars(options)[name] for name in names})
+    for arm in options.arms:
         try:
             parse_arm(arm, config)
-        except ValueError:
-            rules = ", ".join(RULES)
-            parser.error(
-                f"argument --arms: {arm} is no RULE or RULE-WEIGHT of: {rules}"
-            )
+        except ValueError as error:
+            parser.error(f"argument --arms: {error}")
 
-    available = ["cpu"]
+    devices = ["cpu"]
     if torch.backends.mps.is_available():
-        available.insert(0, "mps")
+        devices.insert(0, "mps")
     if torch.cuda.is_available():
-        available.insert(0, "cuda")
-    if config.device == "auto":
-        config.device = available[0]
-    if config.device not in available:
-        parser.error(f"argument --device: {config.device} is not available here")
+        devices.insert(0, "cuda")
+    if options.device == "auto":
+        options.device = devices[0]
+    if options.device not in devices:
+        parser.error(f"argument --device: {options.device} is not available here")
 
-    if config.jobs is None:
-        # Processes share a CPU well, and a GPU badly.
-        cores = multiprocessing.cpu_count()
-        config.jobs = min(cores, len(config.arms)) if config.device == "cpu" else 1
-    config.jobs = min(config.jobs, 61)  # the most that Windows allows
-    return config
+    # Processes share a CPU well, and a GPU badly. Windows allows 61.
+    if options.jobs is None:
+        options.jobs = 1
+        if options.device == "cpu":
+            options.jobs = min(multiprocessing.cpu_count(), len(options.arms))
+    options.jobs = min(options.jobs, 61)
+    return config, options
+
+
+def open_shop(config: Config, options: argparse.Namespace) -> Shop:
+    """The toy shop, or the file of --data; a bad file ends the program with one line."""
+    if options.data:
+        try:
+            return load_shop(options.data)
+        except ValueError as error:
+            sys.exit(f"adagrpo.py: argument --data: {error}")
+    sizes = {"posttrain": config.users}
+    if options.quick:
+        sizes = QUICK_SIZES
+    return make_shop(config.seed, config.bias, sizes)
+
+
+def run_arm(
+    arm: str, shop: Shop, pretrained: Policy, ranker: Ranker, config: Config
+) -> dict[str, np.ndarray]:
+    """Post-train a copy of the policy by one arm -> its metrics on the test users."""
+    rule, weight = parse_arm(arm, config)
+    policy = copy.deepcopy(pretrained)
+    post_train(policy, ranker, shop.posttrain, RULES[rule], weight, config, label=arm)
+    return evaluate(
+        policy, ranker, shop.test, replace(config, group=BEAMS, decode="beam")
+    )
+
+
+def run(
+    config: Config,
+    options: argparse.Namespace,
+    shop: Shop,
+    side_by_side: Callable[..., Iterable],  # `map`, or the map of a pool of processes
+) -> None:
+    """The whole experiment."""
+    if options.quick:
+        print("--quick: a tiny shop and a short training. The figures mean nothing.")
+
+    tasks = [(pretrain, shop, config), (train_ranker, shop, config)]
+    pretrained, ranker = side_by_side(call, tasks)
+    print_premise(shop, pretrained, ranker, config)
+    beams = replace(config, group=BEAMS, decode="beam")
+    before = evaluate(
+        pretrained, ranker, shop.test, beams, label="before post-training"
+    )
+    print_examples(shop, pretrained, ranker, before, beams)
+
+    print(f"\nPost-training\n{training_header()}", flush=True)
+    tasks = [(run_arm, arm, shop, pretrained, ranker, config) for arm in options.arms]
+    metrics = side_by_side(call, tasks)
+    print_results(shop, before, dict(zip(options.arms, metrics, strict=True)))
+
+    if options.quick:
+        print("\n--quick: a tiny shop and a short training. The figures mean nothing.")
+    elif options.data:
+        print("\nThis is one seed, a first look. Repeat it with --seed 1, 2, 3, ...")
+    else:
+        print("\nThis is one seed, a first look. Ten seeds, with an interval for every")
+        print("claim, are in .github/RESULTS.md.")
+
+
+def call(task: tuple) -> object:
+    """(function, argument, ...) -> its result: for a `map` that passes one argument."""
+    function, *arguments = task
+    return function(*arguments)
 
 
 def start_process(device: str) -> None:
-    """What every process does first."""
-    torch.set_num_threads(1)  # the tensors are tiny: processes use the cores better
+    """In every process: one thread, because the tensors are tiny, and the device.
+
+    A worker also has to end at Ctrl-C, and when the process that started it is gone.
+    """
+    torch.set_num_threads(1)
     if device != "cpu":
         torch.set_default_device(device)
 
-    # A worker ends at Ctrl-C, and when the process that started it is gone.
     parent = multiprocessing.parent_process()
     if parent is not None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -1166,79 +1334,21 @@ def start_process(device: str) -> None:
         threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def call(task: tuple) -> object:
-    """(function, argument, argument, ...) -> its result."""
-    function, *arguments = task
-    return function(*arguments)
-
-
-def run_arm(
-    arm: str,
-    shop: Shop,
-    start: Policy,
-    ranker: Ranker,
-    config: argparse.Namespace,
-) -> dict[str, np.ndarray]:
-    """Post-train a copy of the policy by one arm -> its figures on the test users."""
-    rule, weight = parse_arm(arm, config)
-    policy = copy.deepcopy(start)
-
-    def report(line: str) -> None:
-        print(line, flush=True)
-
-    post_train(policy, ranker, shop.posttrain, RULES[rule], weight, config, arm, report)
-    return evaluate(policy, ranker, shop.test, config)
-
-
-def run(config: argparse.Namespace, side_by_side: Callable[..., Iterable]) -> None:
-    """The whole experiment. `side_by_side` is `map`, or that of a pool of processes."""
-    if config.data:
-        shop = load_shop(config.data)
-    else:
-        sizes = dict(QUICK_SIZES) if config.quick else {"posttrain": config.users}
-        shop = make_shop(config.seed, config.bias, sizes)
-
-    start, ranker = side_by_side(
-        call, [(pretrain, shop, config), (train_ranker, shop, config)]
-    )
-    print_premise(shop, start, ranker, config)
-    before = evaluate(start, ranker, shop.test, config, label="before post-training")
-    print_examples(shop, start, ranker, before, config)
-
-    print(f"\nPost-training\n{TRAINING_HEADER}", flush=True)
-    tasks = [(run_arm, arm, shop, start, ranker, config) for arm in config.arms]
-    results = dict(zip(config.arms, side_by_side(call, tasks), strict=True))
-    print_results(shop, before, results)
-
-    if config.quick:
-        print(
-            "\n--quick: a tiny shop and a short training. These figures mean nothing."
-        )
-    elif config.data:
-        print("\nThis is one seed, a first look: repeat it with --seed 1, 2, 3, ...")
-    else:
-        print(
-            "\nThis is one seed, a first look. Ten seeds, with intervals and every claim"
-        )
-        print("decided, are in .github/RESULTS.md.")
-
-
 def main(argv: list[str] | None = None) -> None:
-    """The command `python adagrpo.py`. In a notebook: `main(["--jobs", "1"])`."""
-    config = settings(argv)
-    start_process(config.device)
-    if config.jobs == 1:
-        run(config, map)
+    """The command `python adagrpo.py`. In a notebook: main(["--jobs", "1"])."""
+    config, options = command_line(argv)
+    start_process(options.device)
+    shop = open_shop(config, options)
+    if options.jobs == 1:
+        run(config, options, shop, map)
         return
 
-    context = multiprocessing.get_context("spawn")  # a GPU does not survive a fork
-    pool = ProcessPoolExecutor(
-        config.jobs, context, initializer=start_process, initargs=(config.device,)
-    )
-    with pool:
+    spawn = multiprocessing.get_context("spawn")  # torch does not like to be forked
+    device = (options.device,)
+    with ProcessPoolExecutor(options.jobs, spawn, start_process, device) as pool:
         try:
-            run(config, pool.map)
-        except BaseException:
+            run(config, options, shop, pool.map)
+        except BaseException:  # do not wait for what is under way
             for process in multiprocessing.active_children():
                 process.terminate()
             raise
@@ -1252,4 +1362,4 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenProcessPool:
-        sys.exit("adagrpo.py: a process has ended, for lack of memory? Try --jobs 1.")
+        sys.exit("adagrpo.py: a process has died; no memory left? Try --jobs 1.")

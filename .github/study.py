@@ -29,17 +29,18 @@ import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import adagrpo
-from adagrpo import Look, Policy, Ranker, Shop
+from adagrpo import Config, Policy, Ranker, Rule, Scored, Shop
 from toy_data import QUICK_SIZES, make_shop, simulated_clicks_and_dwell
 
 MIN_SPREAD = 0.05  # both by validation, on development seeds 0-4
@@ -55,27 +56,29 @@ NOT_IN_RECORD = (
 )  # the figures do not hang on these
 OTHER_RULES = ("before", "random", "spread", "level", "oracle", "centred")
 
-Rule = Callable[[Look, torch.Tensor], torch.Tensor]
-
-
 # ------------------------------------------------------------------------------ the arms
 
 
 def rule_of(name: str, shop: Shop) -> Rule | None:
     """As in adagrpo.RULES: which samples of a batch get the GRPO term, (B,) bool."""
-    is_trend = torch.as_tensor(shop.posttrain.kind == shop.kinds.index("trend"))
+    trend = shop.kinds.index("trend")
+    kind_of = {}  # a rule sees histories; no two users have the same
+    for history, kind in zip(shop.posttrain.history, shop.posttrain.kind, strict=True):
+        kind_of[tuple(history.tolist())] = kind
 
-    def random(seen: Look, rows: torch.Tensor) -> torch.Tensor:
-        return seen.gate.admit[torch.randperm(len(rows))]
+    def random(scored: Scored) -> torch.Tensor:
+        admit = scored.gate.admit
+        return admit[torch.randperm(len(admit))]
 
-    def spread(seen: Look, rows: torch.Tensor) -> torch.Tensor:
-        return seen.gate.hard & (seen.rewards.std(1, correction=0) >= MIN_SPREAD)
+    def spread(scored: Scored) -> torch.Tensor:
+        return scored.gate.hard & (scored.rewards.std(1, correction=0) >= MIN_SPREAD)
 
-    def level(seen: Look, rows: torch.Tensor) -> torch.Tensor:
-        return seen.gate.hard & (seen.target_reward >= MIN_LEVEL)
+    def level(scored: Scored) -> torch.Tensor:
+        return scored.gate.hard & (scored.target_reward >= MIN_LEVEL)
 
-    def oracle(seen: Look, rows: torch.Tensor) -> torch.Tensor:
-        return is_trend[rows]
+    def oracle(scored: Scored) -> torch.Tensor:
+        histories = scored.history.tolist()
+        return torch.tensor([kind_of[tuple(history)] == trend for history in histories])
 
     controls = {
         "random": random,
@@ -91,7 +94,7 @@ def centre(rewards: torch.Tensor) -> torch.Tensor:
     return rewards - rewards.mean(1, keepdim=True)
 
 
-def parse_arm(arm: str, config: argparse.Namespace) -> tuple[str, float, int]:
+def parse_arm(arm: str, config: Config) -> tuple[str, float, int]:
     """RULE[-WEIGHT][@PASSES] -> rule, weight, passes. ValueError if it is none."""
     arm, at, passes = arm.partition("@")
     rule, dash, weight = arm.partition("-")
@@ -113,13 +116,12 @@ class Tally:
         self.absent = 0  # admitted samples whose group lacks the target
         self.outscored = 0  # admitted samples where a negative outscores the target
 
-    def __call__(self, seen: Look, rows: torch.Tensor) -> torch.Tensor:
-        admit = self.rule(seen, rows)
-        # A group that lacks the target has difficulty 1.
-        absent = admit & (seen.gate.difficulty == 1)
-        is_higher = seen.rewards > seen.target_reward[:, None]
+    def __call__(self, scored: Scored) -> torch.Tensor:
+        admit = self.rule(scored)
+        absent = admit & ~scored.hit.any(1)
+        is_higher = scored.rewards > scored.target_reward[:, None]
         outscored = admit & is_higher.any(1)
-        self.samples += len(rows)
+        self.samples += len(admit)
         self.admitted += int(admit.sum())
         self.absent += int(absent.sum())
         self.outscored += int(outscored.sum())
@@ -141,7 +143,7 @@ def figures_of(
     shop: Shop, result: dict[str, np.ndarray], masks: dict[str, np.ndarray]
 ) -> dict[str, dict[str, float]]:
     """Means over groups of test users, with the simulated A/B."""
-    clicks, dwell = simulated_clicks_and_dwell(shop.truth, result["list"])
+    clicks, dwell = simulated_clicks_and_dwell(shop.truth, result["top 10"])
     figures = {}
     for name, mask in masks.items():
         row = {metric: adagrpo.mean_percent(result[metric], mask) for metric in METRICS}
@@ -153,17 +155,10 @@ def figures_of(
 
 
 def premise_of(
-    shop: Shop, start: Policy, ranker: Ranker, config: argparse.Namespace
+    shop: Shop, start: Policy, ranker: Ranker, config: Config
 ) -> dict[str, dict[str, float]]:
     """The table that adagrpo.py prints before post-training (validation users)."""
-    saw = adagrpo.evaluate(
-        start,
-        ranker,
-        shop.validation,
-        config,
-        group=config.group,
-        decode=config.decode,
-    )
+    saw = adagrpo.evaluate(start, ranker, shop.validation, config)
     orders = adagrpo.rerank(start, ranker, shop.validation)
     columns = {
         "hr@10": orders["hr@10"],
@@ -182,57 +177,59 @@ def premise_of(
     return premise
 
 
-def prepare(config: argparse.Namespace) -> tuple[Shop, Policy, Ranker]:
+def prepare(config: Config, is_quick: bool) -> tuple[Shop, Policy, Ranker]:
     """A seed's shop, pre-trained policy and ranker."""
-    sizes = dict(QUICK_SIZES)
-    if not config.quick:
-        sizes = {"posttrain": config.users, "test": TEST_USERS}
+    sizes = {"posttrain": config.users, "test": TEST_USERS}
+    if is_quick:
+        sizes = QUICK_SIZES
     shop = make_shop(config.seed, config.bias, sizes)
     return shop, adagrpo.pretrain(shop, config), adagrpo.train_ranker(shop, config)
 
 
-def run_seed(config: argparse.Namespace, arms: list[str], out: Path) -> None:
+def post_trained(
+    arm: str, shop: Shop, start: Policy, ranker: Ranker, config: Config
+) -> tuple[Policy, dict[str, float]]:
+    """A copy of the policy, post-trained by the arm, and what the arm's rule saw."""
+    name, weight, passes = parse_arm(arm, config)
+    policy = copy.deepcopy(start)
+    if name == "before":
+        return policy, {}
+
+    rule = rule_of(name, shop)
+    if rule is not None:
+        rule = Tally(rule)
+    advantages_of = adagrpo.group_advantages
+    if name == "centred":
+        advantages_of = centre
+    with mock.patch.object(adagrpo, "group_advantages", advantages_of):
+        settings = replace(config, epochs=passes)
+        adagrpo.post_train(policy, ranker, shop.posttrain, rule, weight, settings)
+    if rule is None:
+        return policy, {}
+    return policy, rule.figures()
+
+
+def run_seed(config: Config, is_quick: bool, arms: list[str], out: Path) -> None:
     """Run the arms of one seed and save a record after each."""
-    shop, start, ranker = prepare(config)
-    before = adagrpo.evaluate(start, ranker, shop.test, config)
+    shop, start, ranker = prepare(config, is_quick)
+    beams = replace(config, group=adagrpo.BEAMS, decode="beam")
+    before = adagrpo.evaluate(start, ranker, shop.test, beams)
     masks = adagrpo.by_kind(shop.test, shop.kinds) | adagrpo.by_cell(before)
 
     for arm in arms:
-        name, weight, passes = parse_arm(arm, config)
-        policy = copy.deepcopy(start)
-        result = before
-        training = {}
-        if name != "before":
-            settings = argparse.Namespace(**{**vars(config), "epochs": passes})
-            advantages_of = adagrpo.group_advantages
-            if name == "centred":
-                advantages_of = centre
-            rule = rule_of(name, shop)
-            if rule is not None:
-                rule = Tally(rule)
-            adagrpo.post_train(
-                policy,
-                ranker,
-                shop.posttrain,
-                rule,
-                weight,
-                settings,
-                report=lambda line: None,
-                advantages_of=advantages_of,
-            )
-            result = adagrpo.evaluate(policy, ranker, shop.test, config)
-            if rule is not None:
-                training = {"training": rule.figures()}
-
-        figures = figures_of(shop, result, masks) | training
-        validation = adagrpo.evaluate(policy, ranker, shop.validation, config)
+        policy, training = post_trained(arm, shop, start, ranker, config)
+        test = adagrpo.evaluate(policy, ranker, shop.test, beams)
+        validation = adagrpo.evaluate(policy, ranker, shop.validation, beams)
+        figures = figures_of(shop, test, masks)
         figures["validation"] = {"hr@10": 100 * float(validation["hr@10"].mean())}
-        if name == "before":
+        if training:
+            figures["training"] = training
+        if arm == "before":
             figures |= premise_of(shop, start, ranker, config)
         record = {
             "seed": config.seed,
             "arm": arm,
-            "settings": settings_of(config),
+            "settings": settings_of(config, is_quick),
             "figures": figures,
         }
         save(out, record)
@@ -243,10 +240,11 @@ def run_seed(config: argparse.Namespace, arms: list[str], out: Path) -> None:
 # ------------------------------------------------------------------------ the results file
 
 
-def settings_of(config: argparse.Namespace) -> dict:
+def settings_of(config: Config, is_quick: bool) -> dict:
     """What figures depend on besides seed and arm."""
-    named = sorted(vars(config).items())
-    return {name: value for name, value in named if name not in NOT_IN_RECORD}
+    settings = vars(config) | {"quick": is_quick}
+    del settings["seed"]
+    return dict(sorted(settings.items()))
 
 
 @contextlib.contextmanager
@@ -288,30 +286,29 @@ def save(path: Path, record: dict) -> None:
 # ------------------------------------------------------------------------------- gradients
 
 
-def compare_gradients(config: argparse.Namespace, users: int = 256) -> None:
+def compare_gradients(config: Config, is_quick: bool, users: int = 256) -> None:
     """Cosines of the GRPO gradient of beams, and of draws, with that of 600 draws."""
-    shop, policy, ranker = prepare(config)
+    shop, policy, ranker = prepare(config, is_quick)
     torch.manual_seed(config.seed)
 
     def gradient(group: int, decode: str) -> torch.Tensor:
-        settings = argparse.Namespace(
-            **{**vars(config), "group": group, "decode": decode}
-        )
+        settings = replace(config, group=group, decode=decode)
         policy.zero_grad()
         for start in range(0, users, 8):
             history = torch.as_tensor(shop.posttrain.history[start : start + 8])
             target = torch.as_tensor(shop.posttrain.target[start : start + 8])
-            seen = adagrpo.look(policy, ranker, history, target, settings)
-            advantages = adagrpo.group_advantages(seen.rewards)
-            adagrpo.grpo_loss(
-                seen.logp, seen.logp.detach(), advantages
-            ).sum().backward()
+            scored = adagrpo.roll_out_and_score(
+                policy, ranker, history, target, settings
+            )
+            advantages = adagrpo.group_advantages(scored.rewards)
+            old_logp = scored.logp.detach()
+            adagrpo.grpo_loss(scored.logp, old_logp, advantages).sum().backward()
         return torch.cat([p.grad.flatten() for p in policy.parameters()])
 
-    reference = gradient(600, "sample")
+    many_draws = gradient(600, "sample")
     for decode in ("beam", "sample"):
         other = gradient(config.group, decode)
-        cosine = torch.cosine_similarity(reference, other, dim=0).item()
+        cosine = torch.cosine_similarity(many_draws, other, dim=0).item()
         name = f"{decode}, G = {config.group}"
         print(f"seed {config.seed}  {name:<16} cosine {cosine:.3f}", flush=True)
 
@@ -319,27 +316,31 @@ def compare_gradients(config: argparse.Namespace, users: int = 256) -> None:
 # --------------------------------------------------------------------------------- command
 
 
-def parse(argv: list[str] | None) -> tuple[argparse.Namespace, argparse.Namespace]:
-    """Our own options, and the settings of adagrpo.py."""
+def parse(
+    argv: list[str] | None,
+) -> tuple[argparse.Namespace, Config, argparse.Namespace]:
+    """Our own options, and the settings and options of adagrpo.py."""
     parser = argparse.ArgumentParser(
         description="Many seeds and arms of adagrpo.py, into one file.",
         epilog="All other options are those of adagrpo.py.",
         allow_abbrev=False,
     )
+    cores = multiprocessing.cpu_count()
+    default_arms = ["before", *adagrpo.ARMS]
     parser.add_argument("--seeds", type=int, nargs="+", required=True)
-    parser.add_argument("--arms", nargs="+", default=["before", *adagrpo.ARMS])
-    parser.add_argument("--jobs", type=int, default=multiprocessing.cpu_count())
+    parser.add_argument("--arms", nargs="+", default=default_arms)
+    parser.add_argument("--jobs", type=int, default=cores, help="processes")
     parser.add_argument("--out", type=Path, help="JSON file of results, to resume")
     parser.add_argument(
         "--gradients", action="store_true", help="compare, train nothing"
     )
-    options, rest = parser.parse_known_args(argv)
+    ours, rest = parser.parse_known_args(argv)
+    config, options = adagrpo.command_line(rest)
 
-    config = adagrpo.settings(rest)
-    for seed in options.seeds:
-        if not 0 <= seed < 2**31:
+    for seed in ours.seeds:
+        if not 0 <= seed <= 2**31:
             parser.error(f"argument --seeds: must be from 0 to 2**31, got {seed}")
-    for arm in options.arms:
+    for arm in ours.arms:
         try:
             parse_arm(arm, config)
         except ValueError:
@@ -347,62 +348,58 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, argparse.Namespac
             parser.error(
                 f"argument --arms: {arm} is no RULE[-WEIGHT][@PASSES]: {rules}"
             )
-    if not 1 <= options.jobs:
-        parser.error(f"argument --jobs: must be at least 1, got {options.jobs}")
-    if config.data:
+    if ours.jobs < 1:
+        parser.error(f"argument --jobs: must be at least 1, got {ours.jobs}")
+    ours.jobs = min(ours.jobs, 61)  # the most that Windows allows
+    if options.data:
         parser.error("argument --data: the study is for the toy shop")
-    if options.out is None and not options.gradients:
-        parser.error("argument --out: needed")
-    if options.out is not None:
-        options.out = options.out.resolve()  # writes through a link
-        try:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            load(options.out)
-            with lock(options.out):  # is the folder ours to write to?
-                pass
-        except (OSError, ValueError) as error:
-            parser.error(f"argument --out: {error}")
-    options.jobs = min(options.jobs, 61)  # the most that Windows allows
-    return options, config
+    if ours.gradients:
+        return ours, config, options
+
+    if ours.out is None:
+        parser.error("argument --out: a file is needed")
+    ours.out = ours.out.resolve()  # a link stays one
+    try:
+        ours.out.parent.mkdir(parents=True, exist_ok=True)
+        load(ours.out)
+        with lock(ours.out):  # may we write there?
+            pass
+    except (OSError, ValueError) as error:
+        parser.error(f"argument --out: {ours.out}: {error}")
+    return ours, config, options
 
 
 def missing_work(
-    options: argparse.Namespace, config: argparse.Namespace
-) -> list[tuple[argparse.Namespace, list[str], Path]]:
+    ours: argparse.Namespace, config: Config, is_quick: bool
+) -> list[tuple[Config, bool, list[str], Path]]:
     """One task for each seed: the arms that the file lacks."""
     done = set()
-    for record in load(options.out):
-        if record["settings"] == settings_of(config):
+    for record in load(ours.out):
+        if record["settings"] == settings_of(config, is_quick):
             done.add((record["seed"], record["arm"]))
+
     tasks = []
-    for seed in options.seeds:
-        arms = [arm for arm in options.arms if (seed, arm) not in done]
+    for seed in ours.seeds:
+        arms = [arm for arm in ours.arms if (seed, arm) not in done]
         if arms:
-            seed_config = argparse.Namespace(**{**vars(config), "seed": seed})
-            tasks.append((seed_config, arms, options.out))
+            tasks.append((replace(config, seed=seed), is_quick, arms, ours.out))
     return tasks
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run what the file lacks. Returns the exit status."""
-    options, config = parse(argv)
-    if options.gradients:
-        adagrpo.start_process(config.device)
-        for seed in options.seeds:
-            config.seed = seed
-            compare_gradients(config)
+    ours, config, options = parse(argv)
+    if ours.gradients:
+        adagrpo.start_process(options.device)
+        for seed in ours.seeds:
+            compare_gradients(replace(config, seed=seed), options.quick)
         return 0
 
-    tasks = missing_work(options, config)
+    tasks = missing_work(ours, config, options.quick)
     errors = []
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(
-        options.jobs,
-        context,
-        initializer=adagrpo.start_process,
-        initargs=(config.device,),
-    )
-    with pool:
+    spawn = multiprocessing.get_context("spawn")
+    device = (options.device,)
+    with ProcessPoolExecutor(ours.jobs, spawn, adagrpo.start_process, device) as pool:
         try:
             futures = {pool.submit(run_seed, *task): task for task in tasks}
             for future in as_completed(futures):
@@ -410,7 +407,7 @@ def main(argv: list[str] | None = None) -> int:
                 if error is not None:
                     seed = futures[future][0].seed
                     errors.append(f"seed {seed}: {type(error).__name__}: {error}")
-        except BaseException:
+        except BaseException:  # do not wait for what is under way
             for process in multiprocessing.active_children():
                 process.terminate()
             raise
@@ -418,16 +415,14 @@ def main(argv: list[str] | None = None) -> int:
     for error in errors:
         print(f"study.py: {error}", file=sys.stderr)
     if errors:
-        print(f"study.py: finished arms are kept in {options.out}", file=sys.stderr)
+        print(f"study.py: finished arms are kept in {ours.out}", file=sys.stderr)
     return int(bool(errors))
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except BrokenPipeError:
+    except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenProcessPool:
-        sys.exit("study.py: a process has ended; finished arms are kept")
