@@ -79,16 +79,14 @@ class Config:
     seed: int = 0  # of the shop, the initial weights, and all random draws
 
     # the ranker's training and the policy's pre-training
-    bias: float = (
-        1.0  # how strongly the toy shop's feed favours and hides items; 0: not
-    )
+    bias: float = 1.0  # how strongly the toy shop's feed hides and favours items
     negatives: int = 2  # random items beside each slate of the feed, as "no click"
     ranker_epochs: int = 3
     pretrain_epochs: int = 4
 
     # post-training
-    users: int = 1600  # shoppers of the toy shop to post-train on
-    epochs: int = 4  # passes over them
+    users: int = 1200  # shoppers of the toy shop to post-train on
+    epochs: int = 3  # passes over them; more begin to overfit, see toy_data.py
     batch: int = 8  # samples per step (B)
     lr: float = 1e-3
     group: int = 32  # rollouts per sample (G)
@@ -170,10 +168,13 @@ class Policy(nn.Module):
     ValueError if two items share an ID.
     """
 
-    def __init__(self, item_tokens: Tensor, history_length: int, width: int = 64):
+    def __init__(self, item_tokens: np.ndarray, history_length: int, width: int = 64):
         super().__init__()
+        item_tokens = np.asarray(item_tokens)
         L = item_tokens.shape[1]
         V = int(item_tokens.max()) + 1
+        if len(np.unique(item_tokens, axis=0)) < len(item_tokens):
+            raise ValueError("item_tokens: two items have the same semantic ID")
 
         self.embedding = nn.Embedding(V, width)
         self.position = nn.Embedding(L * (history_length + 1), width)
@@ -186,6 +187,7 @@ class Policy(nn.Module):
 
         # To find the item of an ID: read the ID as a number in base V, and look the number
         # up in the sorted numbers of the catalogue.
+        item_tokens = torch.as_tensor(item_tokens)
         digit_weights = V ** torch.arange(L - 1, -1, -1)  # (L,)
         numbers, items = (item_tokens * digit_weights).sum(-1).sort()
         self.register_buffer("item_tokens", item_tokens)
@@ -214,10 +216,12 @@ class Policy(nn.Module):
         if mask is not None:
             mask = mask[:, None]  # (B, 1, N, keys): the same for all heads
 
-        x = self.embedding(tokens) + self.position(position)
+        x = self.embedding(tokens) + self.position(position)  # (B, N, width)
         new_cache = []
         for layer, block in enumerate(self.blocks):
-            past = None if cache is None else cache[layer]
+            past = None
+            if cache is not None:
+                past = cache[layer]
             x, keys_and_values = block(x, past, mask)
             new_cache.append(keys_and_values)
 
@@ -285,7 +289,7 @@ def pretrain(shop: Shop, config: Config) -> Policy:
     torch.manual_seed(config.seed)
     split = shop.pretrain
     history_length = split.history.shape[1]
-    policy = Policy(torch.as_tensor(shop.tokens), history_length)
+    policy = Policy(shop.tokens, history_length)
 
     purchases = np.column_stack([split.history, split.target])
     sequences = policy.prompt(torch.as_tensor(purchases))  # (shoppers, T + L)
@@ -1063,7 +1067,8 @@ def print_examples(
         # The kind of shopper that this happens to most, and the first one of these.
         shares = {}
         for kind, mask in kinds.items():
-            shares[kind] = has_verdict[mask].mean() if mask.any() else 0.0
+            if mask.any():
+                shares[kind] = has_verdict[mask].mean()
         kind = max(shares, key=shares.get)
         users = np.flatnonzero(has_verdict & kinds[kind])
         if len(users) > 0:
@@ -1118,9 +1123,7 @@ def print_results(
         print(f"{arm:<22}" + "".join(f"{level:>15.2f}" for level in levels))
 
     base = next(iter(results))  # the first arm is what the others are compared with
-    print(
-        f"\nHR@10 by kind of shopper, and by the gate's verdict before post-training."
-    )
+    print("\nHR@10 by kind of shopper, and by the gate's verdict before post-training.")
     print(f"First line: {base}, percent. Other lines: points more or less than {base}.")
     masks = by_kind(shop.test, shop.kinds) | by_cell(before)
     print(f"{'arm':<20}" + "".join(f"{name:>{width(name)}}" for name in masks))
@@ -1138,7 +1141,7 @@ def print_results(
 
 def width(name: str) -> int:
     """Of a column with this title."""
-    return max(7, len(name) + 2)
+    return max(7, len(name) + 1)
 
 
 # ------------------------------------------------------------------------------- command
@@ -1149,7 +1152,9 @@ ARMS = ["nll", "mix-0.3", "mix-1", "difficulty", "discriminability", "adagrpo"]
 def parse_arm(arm: str, config: Config) -> tuple[str, float]:
     """RULE or RULE-WEIGHT -> rule and weight. ValueError if it is neither."""
     rule, dash, number = arm.partition("-")
-    weight = float(number) if dash else config.weight
+    weight = config.weight
+    if dash:
+        weight = float(number)
     if rule not in RULES or not 0 <= weight < float("inf"):
         rules = ", ".join(RULES)
         raise ValueError(f"{arm} is no RULE or RULE-WEIGHT; the rules are {rules}")

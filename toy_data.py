@@ -1,21 +1,28 @@
 # SPDX-License-Identifier: MIT
 """A toy shop whose truth is known: who likes what, what the old feed showed, what was clicked.
 
-Two logs come out, as in a real shop. Purchases: the policy learns from them. Impressions
-with clicks: only the ranker sees them. Nobody adds noise to a score: the bias is in what the
-impressions do NOT hold. Shoppers are of three kinds, recognisable from their history:
+A shopper has a taste, an item has a place in the same space, and both meet in one number:
+
+    appeal = taste . embedding of the item + quality of the item
+
+People buy items of high appeal, and click them where the feed shows them. So two logs come
+out, as in a real shop. Purchases: the policy learns from them. Slates of the feed with their
+clicks: only the ranker sees them. Nobody adds noise to a score: the bias is in what the
+slates do NOT hold. Shoppers are of three kinds, recognisable from their history:
 
   trend   Their taste follows fashion. The policy was pre-trained on LAST season's
-          purchases, the impressions are from this season. The policy is unsure and the
-          ranker knows: listen to it.
+          purchases, the slates are from this season. The policy is unsure and the ranker
+          knows: listen to it.
   series  They buy almost in order, like volumes or refills. The policy reads the order;
           the ranker sees a bag of items and cannot. The policy finds these shoppers easy:
           leave them alone.
-  niche   The feed hides most of their items, so the ranker is blind to these. A tenth is
-          shown and clicked: the ranker pushes those few popular ones. Do not listen.
+  niche   The feed hides nine tenths of their items, so the ranker is blind to these. The
+          other tenth is shown and gets all the clicks: the ranker prefers these few to
+          what niche shoppers really buy. Do not listen.
 
-Purchases of this season are scarce (1,600 shoppers to post-train on), impressions are
-plentiful (200,000 slates). All definitions are ours.
+Purchases of this season are scarce and slates are plentiful: 1,200 shoppers to post-train
+on, 200,000 slates. Three passes over the 1,200 exhaust them: plain NLL gains nothing from a
+fourth. All definitions are ours.
 
 `make_shop` simulates the shop; `load_shop`, at the end, reads your own data in its place.
 """
@@ -28,26 +35,30 @@ import numpy as np
 
 # ------------------------------------------------------------------------ the constants
 
-KINDS = ("trend", "series", "niche")
-CATEGORY_KIND = ["niche"] * 3 + ["series"] * 3 + ["trend"] * 10
-
 ITEMS = 1000
 HISTORY = 8  # purchases before the target
-SLATE = 10  # items in one impression of the feed
+SLATE = 10  # items that the feed shows at once
 
 # A semantic ID is (category, sub-category, slot): 8192 IDs, of which 1000 name an item.
 CATEGORIES = 16
-SUBCATEGORIES = 8
-SLOTS = 64
+SUBCATEGORIES = 8  # in each category
+SLOTS = 64  # in each sub-category
+KINDS = ("trend", "series", "niche")
+CATEGORY_KIND = ["niche"] * 3 + ["series"] * 3 + ["trend"] * 10  # 10 of 16 are trend
 
 TASTE_DIM = 8  # tastes and items are vectors of length 1 in this many dimensions
 NICHE_DISTANCE = 2.5  # niche tastes lie apart from the others along the first dimension
-SHARPNESS = 12.0  # purchases ~ softmax(SHARPNESS * appeal), over shown and hidden items
-HOME_BONUS = 1.0  # added to the appeal of their own category for series shoppers
-ORDER_NOISE = 15.0  # in item numbers, of which a category has about 62: ALMOST in order
+SUBCATEGORY_SPREAD = 0.3  # of sub-categories around their category's centre
+ITEM_SPREAD = 0.2  # of items around the middle of their sub-category
+TASTE_SPREAD = 0.2  # of tastes around the centre of the home category
 
-QUALITY_SPREAD = {"trend": 0.19, "series": 0.15, "niche": 0.15}  # standard deviations
+# Standard deviations of the quality; trend items get a new one every season.
+QUALITY_SPREAD = {"trend": 0.19, "series": 0.15, "niche": 0.15}
 SEASON_CORRELATION = 0.5  # between last season's quality of a trend item and this one's
+
+SHARPNESS = 12.0  # purchases ~ softmax(SHARPNESS * appeal), over shown and hidden items
+HOME_BONUS = 1.0  # for series shoppers, on the appeal of their home category's items
+ORDER_NOISE = 15.0  # in item numbers, of which a category has about 62: ALMOST in order
 
 FEED_TASTE = 5.0  # the feed's own weight on taste, next to an item's popularity
 POPULARITY_SPREAD = 0.5
@@ -59,7 +70,7 @@ CLICK_CENTRE = 0.9
 
 SIZES = {
     "pretrain": 18_000,
-    "posttrain": 1_600,
+    "posttrain": 1_200,
     "validation": 3_000,
     "test": 6_000,
     "feed": 200_000,
@@ -78,7 +89,7 @@ QUICK_SIZES = {
 
 @dataclass
 class Split:
-    """N shoppers with one sequence of purchases each."""
+    """N users (shoppers) with one sequence of purchases each."""
 
     history: np.ndarray  # (N, H) item numbers, oldest first
     target: np.ndarray  # (N,) the item that was bought next
@@ -87,7 +98,7 @@ class Split:
 
 @dataclass
 class Truth:
-    """What only a simulator knows. It judges the final lists; no training sees it."""
+    """What only a simulator knows: no training sees it, it judges what was learned."""
 
     embedding: np.ndarray  # (ITEMS, TASTE_DIM)
     quality: np.ndarray  # (ITEMS,) in this season
@@ -96,7 +107,7 @@ class Truth:
 
 @dataclass
 class Shop:
-    """All the arrays that training needs. `load_shop` fills one from a file of your own."""
+    """The arrays that training needs, and the truth, which it must not see."""
 
     tokens: np.ndarray  # (items, L) semantic ID of every item
     kinds: tuple[str, ...]  # names of the kinds of shopper
@@ -112,7 +123,9 @@ class Shop:
 
 @dataclass
 class Catalogue:
-    tokens: np.ndarray  # (ITEMS, 3), in ascending order
+    """All items, numbered by ascending ID: those of a category have numbers in a row."""
+
+    tokens: np.ndarray  # (ITEMS, 3) semantic IDs
     embedding: np.ndarray  # (ITEMS, TASTE_DIM)
     category: np.ndarray  # (ITEMS,)
     kind: np.ndarray  # (ITEMS,) name of the kind of shopper that the item is for
@@ -133,8 +146,8 @@ def draw_without_replacement(
 ) -> np.ndarray:
     """Draw k different items per row from softmax(logits), in the order of the draws.
 
-    Every item has an alarm clock that rings at a random time, with rate exp(logit). The
-    first k clocks to ring are the draw: the Gumbel-top-k trick (Kool et al., 2019) without
+    Every item has an alarm clock that rings at a random time, after exp(-logit) on average.
+    The first k to ring are the draw: the Gumbel-top-k trick (Kool et al., 2019) without
     its logarithm. logits (N, items) -> item numbers (N, k).
     """
     rings_at = rng.standard_exponential(logits.shape, dtype=np.float32)
@@ -152,7 +165,7 @@ def make_catalogue(rng: np.random.Generator) -> Catalogue:
         centre[category, 0] = NICHE_DISTANCE if is_niche else -NICHE_DISTANCE
     centre = to_length_one(centre)
 
-    # 1000 items in 128 sub-categories: 7 in each, and one more in the first 104.
+    # 1000 items do not divide by 128 sub-categories: the first ones get one more.
     per_subcategory, remainder = divmod(ITEMS, CATEGORIES * SUBCATEGORIES)
     tokens = []
     embedding = []
@@ -160,15 +173,15 @@ def make_catalogue(rng: np.random.Generator) -> Catalogue:
         for subcategory in range(SUBCATEGORIES):
             is_early = category * SUBCATEGORIES + subcategory < remainder
             size = per_subcategory + int(is_early)
-            nearby = centre[category] + 0.3 * rng.normal(size=TASTE_DIM)
-            middle = to_length_one(nearby)
+            middle = centre[category] + SUBCATEGORY_SPREAD * rng.normal(size=TASTE_DIM)
+            middle = to_length_one(middle)
             slots = np.sort(rng.choice(SLOTS, size=size, replace=False))
             for slot in slots:
                 # Every level of the ID has tokens of its own.
-                second = CATEGORIES + subcategory
-                third = CATEGORIES + SUBCATEGORIES + slot
-                tokens.append((category, second, third))
-                embedding.append(middle + 0.2 * rng.normal(size=TASTE_DIM))
+                subcategory_token = CATEGORIES + subcategory
+                slot_token = CATEGORIES + SUBCATEGORIES + slot
+                tokens.append((category, subcategory_token, slot_token))
+                embedding.append(middle + ITEM_SPREAD * rng.normal(size=TASTE_DIM))
 
     tokens = np.array(tokens)
     category = tokens[:, 0]
@@ -196,9 +209,11 @@ def make_qualities(
 def make_shoppers(
     rng: np.random.Generator, users: int, catalogue: Catalogue, quality: np.ndarray
 ) -> tuple[Split, np.ndarray]:
-    """Shoppers with a home category, a taste near its centre (users, D), and 9 purchases."""
+    """Shoppers with a home category and HISTORY + 1 purchases, and their tastes (users, D)."""
     home = rng.integers(CATEGORIES, size=users)
-    taste = catalogue.centre[home] + rng.normal(0, 0.2, size=(users, TASTE_DIM))
+    taste = catalogue.centre[home] + rng.normal(
+        0, TASTE_SPREAD, size=(users, TASTE_DIM)
+    )
     taste = to_length_one(taste)
     kind = np.array(CATEGORY_KIND)[home]
     is_series = kind == "series"
@@ -213,7 +228,8 @@ def make_shoppers(
         bought.append(chosen)
     bought = np.concatenate(bought)
 
-    # Series shoppers buy almost in the order of the item numbers.
+    # Series shoppers buy almost in the order of the item numbers. The target, bought last,
+    # is likely to have one of the highest.
     position = bought + rng.normal(0, ORDER_NOISE, size=bought.shape)
     in_order = np.take_along_axis(bought, position.argsort(axis=1), axis=1)
     bought = np.where(is_series[:, None], in_order, bought)
@@ -250,14 +266,14 @@ def show_feed(
     catalogue: Catalogue,
     quality: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The old feed: slates of items for shoppers with these tastes, and their clicks."""
+    """The old feed: slates for shoppers with these tastes (M, D), and what they clicked."""
     popularity = POPULARITY_SPREAD * rng.normal(size=ITEMS)
     is_niche = catalogue.kind == "niche"
     is_hidden = is_niche & (rng.random(ITEMS) >= SHOWN_NICHE)
     popularity = bias * (popularity - HIDING * is_hidden)
 
-    # Fewer people look further down the slate.
-    looks = 1 / np.sqrt(np.arange(1, SLATE + 1))
+    # Fewer people look further down the slate. The ranker does not know.
+    p_look = 1 / np.sqrt(np.arange(1, SLATE + 1))
 
     shown = []
     clicked = []
@@ -266,7 +282,7 @@ def show_feed(
         logits = FEED_TASTE * liking + popularity.astype(np.float32)
         slate = draw_without_replacement(rng, logits, SLATE)
         appeal = np.take_along_axis(liking, slate, axis=1) + quality[slate]
-        clicks = rng.random(slate.shape) < looks * click_probability(appeal)
+        clicks = rng.random(slate.shape) < p_look * click_probability(appeal)
         shown.append(slate)
         clicked.append(clicks)
     return np.concatenate(shown), np.concatenate(clicked)
@@ -278,9 +294,9 @@ def make_shop(
     """Simulate the shop.
 
     `bias` >= 0 scales how much popularity and hiding count in the feed: 0 shows items by
-    taste alone. `sizes` replaces numbers of shoppers in SIZES; each stands in one split
-    only. Every split has a random stream of its own, so neither `bias` nor the size of
-    another split changes it. ValueError names what is out of range.
+    taste alone. `sizes` replaces numbers of shoppers in SIZES; nobody is in two splits.
+    Every split has a random stream of its own, so neither `bias` nor the size of another
+    split changes it. ValueError names what is out of range.
     """
     sizes = SIZES | (sizes or {})
     if sizes.keys() != SIZES.keys():
@@ -291,6 +307,7 @@ def make_shop(
     if not 0 <= bias < np.inf:
         raise ValueError(f"bias must be a finite number >= 0, got {bias}")
 
+    # "feed" draws the feed's shoppers, "feed_slates" what they see and click.
     names = ["catalogue", "feed_slates", *SIZES]
     streams = np.random.default_rng(seed).spawn(len(names))
     rng = dict(zip(names, streams, strict=True))

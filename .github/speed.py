@@ -27,7 +27,10 @@ def main() -> None:
     torch.set_num_threads(parser.parse_args().threads)
     torch.manual_seed(0)
     world, ranker = make_world(0, posttrain=BATCH, pretrain=1, feed=1), adagrpo.Ranker()
-    policy, batches = adagrpo.Policy(torch.as_tensor(world.tokens)), world.posttrain.batches(BATCH)
+    policy, batches = (
+        adagrpo.Policy(torch.as_tensor(world.tokens)),
+        world.posttrain.batches(BATCH),
+    )
 
     def nll(batch: tuple) -> torch.Tensor:
         history, target, _ = map(torch.as_tensor, batch)
@@ -37,7 +40,9 @@ def main() -> None:
 
     def ours(group: int, decode: str):
         config = adagrpo.settings(["--group", str(group), "--decode", decode])
-        return lambda batch: adagrpo.training_step(policy, ranker, "adagrpo", config, batch)[0]
+        return lambda batch: adagrpo.training_step(
+            policy, ranker, "adagrpo", config, batch
+        )[0]
 
     losses = {"NLL": nll}
     losses |= {f"{d}, G={g}": ours(g, d) for g in (16, 32) for d in ("beam", "sample")}

@@ -98,8 +98,12 @@ def parse_arm(arm: str, config: Config) -> tuple[str, float, int]:
     """RULE[-WEIGHT][@PASSES] -> rule, weight, passes. ValueError if it is none."""
     arm, at, passes = arm.partition("@")
     rule, dash, weight = arm.partition("-")
-    weight = float(weight) if dash else config.weight
-    passes = int(passes) if at else config.epochs
+    if not dash:
+        weight = config.weight
+    if not at:
+        passes = config.epochs
+    weight = float(weight)
+    passes = int(passes)
     known = (*adagrpo.RULES, *OTHER_RULES)
     if rule not in known or not 0 <= weight < np.inf or passes < 1:
         raise ValueError(arm)
