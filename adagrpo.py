@@ -8,16 +8,18 @@ what an old feed showed. AdaGRPO trains EVERY sample with supervised NLL and adm
 term sample by sample: only where the policy finds the sample hard AND the ranker puts the
 true item above what the policy wrote instead.
 
-A sample is a history x and a target y, the item that was bought next. r is the ranker's
-score of an item: the reward. An ID that names no item is a hallucination; its reward is 0.
+A sample is one shopper (a user): a history x, and a target y, the item that was bought next.
+r is the ranker's score of an item: the reward. An ID that names no item is a hallucination;
+its reward is 0.
 
   (1) rollouts          a group of G items o_1 .. o_G that the policy writes for x,
                         likeliest first
   (2) difficulty        d = share of the group that stands ahead of y; 1 if y is not in it
-  (3) discriminability  m = r(y) - mean r over the negatives, the items in the group that
-                        are not y; hallucinations do not count
+  (3) discriminability  m = r(y) - mean r over the negatives: all items in the group but y,
+                        without hallucinations; undefined (then g = 0) if there are none
   (4) gate              g = 1 if d >= min_difficulty and m >= min_discriminability, else 0
-  (5) advantages        A_i = (r(o_i) - mean r) / std r in the group; exactly 0 if r is flat
+  (5) advantages        A_i = (r(o_i) - mean r) / std r over the whole group, with y and
+                        with hallucinations; exactly 0 if all r are equal
   (6) GRPO              -mean over i of min(ratio_i A_i, clip(ratio_i) A_i), where ratio_i is
                         policy(o_i | x) over its value at the time of the rollout
   (7) loss              mean over samples of NLL + weight * g * GRPO; NLL = -log policy(y | x)
@@ -28,20 +30,20 @@ a gate, AdaGRPO), and compares them. The file reads from the top: policy, ranker
 method (gate, advantages, losses), the training loop, evaluation. What follows `evaluate` only
 prints tables and starts the program.
 
-Shapes: B samples, G rollouts in each group, L tokens per item, V tokens in the vocabulary,
-T = H * L tokens in the prompt (a history of H items). No tensor names its device: torch's
-default device is set when the program starts.
-
-What is left out, and why:
-  - a KL term: the NLL is the anchor;
-  - several updates per rollout: so every ratio is 1 (its gradient is not 0) and no clipping
-    ever acts;
-  - constrained decoding: it would hide hallucinations;
-  - distributed training: the models are tiny.
-
 By default the group is not drawn at random: it holds the G likeliest items, found by beam
 search. The GRPO term then compares these items with each other; it is no unbiased estimate
 of the policy gradient. `--decode sample` draws the group instead.
+
+What is left out, and why:
+  - a KL term: the NLL is the anchor;
+  - several updates per rollout: with a single one every ratio is 1, so that clipping never
+    acts; the gradient of the ratio is not 0, and that is all that GRPO needs;
+  - constrained decoding: it would hide hallucinations;
+  - distributed training: the models are tiny.
+
+Shapes: B samples, G rollouts in each group, L tokens per item, V tokens in the vocabulary,
+T = H * L tokens in the prompt (a history of H items). No tensor names its device: torch's
+default device is set when the program starts.
 
 Paper: Xu, Qi, Zou et al., "Adaptive Loss Balancing for Noise-Robust GRPO in Generative
 Recommendation", arXiv 2606.08480 (2026). Only its abstract was available: the idea is
@@ -51,13 +53,14 @@ GRPO: Shao et al., DeepSeekMath, arXiv 2402.03300.
 
 import argparse
 import copy
+import math
 import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -78,20 +81,20 @@ class Config:
 
     seed: int = 0  # of the shop, the initial weights, and all random draws
 
-    # the ranker's training and the policy's pre-training
+    # the ranker's training and the policy's pre-training (see there for the rest)
     bias: float = 1.0  # how strongly the toy shop's feed hides and favours items
-    negatives: int = 2  # random items beside each slate of the feed, as "no click"
+    negatives: int = 2  # random items that the ranker sees as "not clicked", per slate
     ranker_epochs: int = 3
     pretrain_epochs: int = 4
 
     # post-training
     users: int = 1200  # shoppers of the toy shop to post-train on
-    epochs: int = 3  # passes over them; more begin to overfit, see toy_data.py
+    epochs: int = 3  # passes over them; plain NLL gains nothing from a fourth
     batch: int = 8  # samples per step (B)
     lr: float = 1e-3
     group: int = 32  # rollouts per sample (G)
     decode: str = "beam"  # how they are made: "beam" or "sample"
-    weight: float = 5.0  # of the GRPO term beside the NLL
+    weight: float = 5.0  # of the GRPO term; the NLL has weight 1
     min_difficulty: float = 0.3  # of 32 beams: the target is not among the first ten
     min_discriminability: float = 0.01  # in the unit of the reward, a click probability
 
@@ -127,7 +130,7 @@ class Attention(nn.Module):
             k = torch.cat([past_k, k], dim=2)
             v = torch.cat([past_v, v], dim=2)
 
-        # Without a mask, each token sees itself and those before it.
+        # Without a mask (and then without a past) each token sees itself and those before.
         is_sequence = mask is None
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=is_sequence
@@ -164,8 +167,9 @@ class Policy(nn.Module):
     """A small GPT over the tokens of semantic IDs.
 
     Nothing stops it from writing an ID that names no item. `item_tokens` (items, L) are the
-    IDs of the catalogue, `history_length` is H; vocabulary and positions follow from these.
-    ValueError if two items share an ID.
+    IDs of the catalogue, `history_length` is H; the sizes follow from these. One vocabulary
+    serves all L levels of an ID; in the toy shop each level has tokens of its own.
+    ValueError if two items have the same ID.
     """
 
     def __init__(self, item_tokens: np.ndarray, history_length: int, width: int = 64):
@@ -204,7 +208,7 @@ class Policy(nn.Module):
     def forward_with_cache(
         self,
         tokens: Tensor,  # (B, N)
-        position: Tensor,  # (N,), or one for all
+        position: Tensor,  # (N,), or one number where all N tokens stand
         cache: list | None = None,  # of an earlier call
         mask: Tensor | None = None,  # (B, N, keys) bool, needed with a cache
     ) -> tuple[Tensor, list]:
@@ -236,7 +240,9 @@ class Policy(nn.Module):
         """Semantic IDs (..., L) -> item numbers (...), -1 for a hallucination."""
         number = (tokens * self.digit_weights).sum(-1)
         index = torch.searchsorted(self.sorted_numbers, number)
-        index = index.clamp(max=len(self.sorted_numbers) - 1)
+        index = index.clamp(
+            max=len(self.sorted_numbers) - 1
+        )  # a larger number has none
 
         exists = self.sorted_numbers[index] == number
         return torch.where(exists, self.sorted_items[index], -1)
@@ -246,7 +252,7 @@ class Policy(nn.Module):
 
 
 def shuffled_batches(samples: int, batch: int, epochs: int) -> tuple[Tensor, ...]:
-    """Row numbers of every batch. Each pass has an order of its own; a batch may span two."""
+    """Row numbers of each batch: passes in different orders (a batch may span two passes)."""
     passes = [torch.randperm(samples) for _ in range(epochs)]
     return torch.cat(passes).split(batch)
 
@@ -255,9 +261,7 @@ def make_optimizer(
     model: nn.Module, lr: float, steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """AdamW with a warm-up of 20 steps and a linear decay to 0."""
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=lr, foreach=True
-    )  # foreach: faster
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, foreach=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / 20, 1 - step / steps)
     )
@@ -273,9 +277,8 @@ def fit(
 ) -> None:
     """Plain supervised training, for the policy's pre-training and for the ranker."""
     optimizer, scheduler = make_optimizer(model, lr, len(batches))
-    for rows in tqdm(
-        batches, label, leave=False, disable=None
-    ):  # None: only on a screen
+    # disable=None: a progress bar on a terminal, nothing in a file.
+    for rows in tqdm(batches, label, leave=False, disable=None):
         loss = loss_of(rows)
         optimizer.zero_grad()
         loss.backward()
@@ -334,7 +337,7 @@ class Ranker(nn.Module):
         user = self.bought(history).mean(1, keepdim=True)  # (B, 1, width)
         user = user.expand_as(item)
 
-        # The product of two numbers around 0.1 is around 0.01; times 10 makes it their size.
+        # Embeddings start small, and a product of them smaller: times 10 makes up for it.
         product = 10 * user * item
         features = torch.cat([user, item, product], dim=-1)
         return self.mlp(features).squeeze(-1)
@@ -348,8 +351,7 @@ def train_ranker(shop: Shop, config: Config) -> Ranker:
     """A ranker trained by binary cross-entropy on the feed: what it showed, what was clicked.
 
     A slate is what one shopper was shown, S items. A few random items of the catalogue join
-    it as "no click", as in production: they are all that the ranker ever learns about
-    items that the feed does not show.
+    it as "not clicked": they are all that the ranker learns about items that the feed hides.
     """
     torch.manual_seed(config.seed)
     items = len(shop.tokens)
@@ -361,8 +363,8 @@ def train_ranker(shop: Shop, config: Config) -> Ranker:
     def loss_of(rows: Tensor) -> Tensor:
         random_items = torch.randint(items, (len(rows), config.negatives))
         offered = torch.cat([shown[rows], random_items], dim=1)  # (B, S + negatives)
-        no_click = torch.zeros(random_items.shape)
-        labels = torch.cat([clicked[rows], no_click], dim=1)
+        not_clicked = torch.zeros(random_items.shape)
+        labels = torch.cat([clicked[rows], not_clicked], dim=1)
 
         logits = ranker(history[rows], offered)
         return F.binary_cross_entropy_with_logits(logits, labels)
@@ -410,9 +412,7 @@ def rollout(
     """
     B, T = prompt.shape
     L = policy.item_tokens.shape[1]
-    row = torch.arange(B)[
-        :, None
-    ]  # with it, x[row, parent] picks branches of each sample
+    row = torch.arange(B)[:, None]  # x[row, parent] picks branches of each sample
 
     # At first there is one branch, the root: it has written nothing and sees the prompt.
     # Later there are Q branches.
@@ -423,7 +423,8 @@ def rollout(
     mask = torch.ones(B, 1, T, dtype=torch.bool)  # (B, Q, tokens in the cache)
 
     for level in range(L):
-        # Which branches grow, and by which token, (B, G) both. The choice has no gradient.
+        # Which branches grow, and by which token: (B, G) both, or fewer than G at first.
+        # The choice has no gradient.
         with torch.no_grad():
             if decode == "beam":
                 parent, token = beam(total, next_logp, group)
@@ -434,8 +435,8 @@ def rollout(
         total = total[row, parent] + next_logp[row, parent, token]  # (B, G)
         tokens = torch.cat([tokens[row, parent], token[..., None]], dim=2)
 
-        # Unless it is complete, the policy reads that token. A branch sees what its parent
-        # saw, and itself.
+        # If the items are not complete, the policy reads the new tokens. Each sees what its
+        # parent saw, and itself.
         if level < L - 1:
             branches = token.shape[1]
             itself = torch.eye(branches, dtype=torch.bool).expand(B, -1, -1)
@@ -463,7 +464,7 @@ def draw(next_logp: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """Random continuations, G from the root, later one from each branch; as `beam`."""
     B, Q = next_logp.shape[:2]
     probability = next_logp.exp()
-    if Q == 1:  # the root: a group has at least two branches
+    if Q == 1:  # only the root is alone: a group has at least two branches
         token = torch.multinomial(probability[:, 0], group, replacement=True)
         parent = torch.zeros_like(token)
     else:
@@ -496,28 +497,29 @@ def adagrpo_gate(
 ) -> Gate:
     """Eq. (2)-(4): admit GRPO where the policy finds it hard and the ranker is clear.
 
-    The G columns stand in the policy's order, likeliest first. If yours have no order, put
-    the misses first: the difficulty is then the share of misses.
+    The G columns are sorted, likeliest first: the difficulty counts those before the first
+    hit. If yours have no order, sort each row with its misses first; the difficulty is then
+    the share of misses.
 
     A sample whose discriminability is undefined is not admitted: it has no valid negative,
     or a score that it needs (the target's, a valid negative's) is not finite, or the sum
-    overflows. Thresholds are inclusive, up to rounding. There is no gradient.
+    overflows. A value on its threshold passes, up to rounding. There is no gradient.
 
     To copy the gate, take `Gate`, this function and the four helpers at the end of this
-    section; they need torch alone. Scores may be probabilities or logits, in tensors,
+    section; they need torch and math. Scores may be probabilities or logits, in tensors,
     arrays or lists. Raises TypeError or ValueError that names the argument.
 
     Source: the two diagnostics and the 0/1 gate are the paper's (abstract), these formulas
     are ours.
     """
     rollout_rewards = to_reals("rollout_rewards", rollout_rewards)
-    B, G = group_shape("rollout_rewards", rollout_rewards)
+    B, G = check_group("rollout_rewards", rollout_rewards)
     target_reward = to_reals("target_reward", target_reward, (B,))
     hit = to_mask("hit", hit, (B, G))
     valid = to_mask("valid", valid, (B, G))
     if not 0 <= min_difficulty <= 1:
         raise ValueError(f"min_difficulty must be in 0..1, got {min_difficulty}")
-    if not abs(min_discriminability) < float("inf"):
+    if not math.isfinite(min_discriminability):
         raise ValueError(f"min_discriminability must be finite: {min_discriminability}")
 
     # hit 0 0 1 0 -> cumsum 0 0 1 1: while it is 0, rollouts stand ahead of y; here 2 of 4.
@@ -541,7 +543,8 @@ def with_floor(scores: Tensor, valid: Tensor, floor: float = 0.0) -> Tensor:
     """Rewards (B, G): the ranker's score, or `floor` for a hallucination.
 
     No reward is lower than the floor, so that a hallucination is never better than an item.
-    0 is right for probabilities; scores that can be negative (logits) need another. Ours.
+    0 is right for probabilities; scores that can be negative (logits) need another.
+    Source: ours.
     """
     return torch.where(valid, scores.clamp(min=floor), floor)
 
@@ -550,24 +553,26 @@ def group_advantages(rewards: Tensor) -> Tensor:
     """Eq. (5): rewards (B, G) of any real type -> standardised in each group (B, G).
 
     A flat group (all rewards equal, up to rounding) gets exactly 0, and so does one with a
-    reward that is not finite. A small spread counts like a large one, at any level and in
-    any unit. No gradient flows. Computed in float32 or better.
+    reward that is not finite. The unit and the level of the rewards make no difference: a
+    small spread counts like a large one. No gradient flows. Computed in float32 or better.
 
     Raises TypeError or ValueError. Source: GRPO, with the population standard deviation; the
     care for flat groups is ours.
     """
     rewards = to_reals("rewards", rewards).detach()
-    group_shape("rewards", rewards)
+    check_group("rewards", rewards)
 
     lowest = rewards.amin(1, keepdim=True)  # (B, 1), nan if there is a nan
     highest = rewards.amax(1, keepdim=True)
     spread = highest - lowest
     size = torch.maximum(lowest.abs(), highest.abs())
-    rounding = 4 * torch.finfo(rewards.dtype).eps * size
+    rounding = (
+        4 * torch.finfo(rewards.dtype).eps * size
+    )  # a few units in the last place
     has_spread = (spread > rounding) & spread.isfinite()  # False for nan
 
-    # Shift and scale do not change eq. (5), and on 0..1 nothing overflows or drowns in
-    # rounding. A flat group is 0 / 0 here, and set to 0 at the end.
+    # Shift and scale do not change eq. (5), and between 0 and 1 no sum overflows or drowns
+    # in rounding. A flat group is 0 / 0 here, and set to 0 at the end.
     scaled = (rewards - lowest) / spread  # (B, G)
     centred = scaled - scaled.mean(1, keepdim=True)
     advantages = centred / scaled.std(1, correction=0, keepdim=True)  # eq. (5)
@@ -579,23 +584,25 @@ def grpo_loss(
 ) -> Tensor:
     """Eq. (6): the clipped surrogate of each sample; three tensors (B, G) -> (B,).
 
-    logp and old_logp are log-probabilities of whole items: SUMS over an item's tokens. Of
-    token log-probabilities (B * G, L), sum over L and reshape to (B, G) first.
+    logp and old_logp are log-probabilities of whole items: SUMS over an item's tokens. If
+    yours are of tokens, (B * G, L), sum over L and reshape to (B, G) first.
 
     With one update per rollout old_logp is logp.detach(). Every ratio is then 1 and the
     loss is -mean(A) = 0; its gradient, -mean(A_i * grad logp_i), is not.
 
-    A ratio that is not finite makes its sample's loss nan, but sends back no nan: a sample
-    that is not admitted can be dropped without a trace. Computed in float32 or better.
-    Raises TypeError or ValueError. Source: GRPO without its KL term, one ratio per item.
+    If a ratio is not finite, the loss of its sample is nan, but its gradient is 0 and not
+    nan: `adagrpo_loss` can drop that sample, if it is not admitted, without a trace.
+    Computed in float32 or better. Raises TypeError or ValueError. Source: GRPO without its
+    KL term, and with one ratio per item.
     """
     logp = to_reals("logp", logp)
-    B, G = group_shape("logp", logp)
+    B, G = check_group("logp", logp)
     old_logp = to_reals("old_logp", old_logp, (B, G))
     advantages = to_reals("advantages", advantages, (B, G))
 
     log_ratio = logp - old_logp  # (B, G)
     is_usable = log_ratio.detach().exp().isfinite()
+    # Mask before exp() too: the gradient of exp(nan) is nan, even times 0.
     ratio = torch.where(is_usable, log_ratio, 0.0).exp()
 
     unclipped = ratio * advantages
@@ -608,9 +615,9 @@ def grpo_loss(
 def adagrpo_loss(nll: Tensor, grpo: Tensor, admit: Tensor, weight: float) -> Tensor:
     """Eq. (7): nll (B,), grpo (B,), admit (B,) bool -> a scalar.
 
-    The sum is divided by B and not by the number admitted: the dose of GRPO is weight *
-    admission rate. NLL is a SUM over the item's L tokens; if yours is a mean over tokens,
-    divide the weight by L.
+    The sum is divided by B and not by the number admitted, so GRPO counts with weight *
+    admission rate, its dose. NLL is a SUM over the item's L tokens; if yours is a mean over
+    tokens, divide the weight by L.
 
     A sample that is not admitted adds nothing of its GRPO term, not even a nan. Without
     samples the loss is 0. Raises TypeError or ValueError. Source: NLL for all and gated
@@ -627,7 +634,7 @@ def adagrpo_loss(nll: Tensor, grpo: Tensor, admit: Tensor, weight: float) -> Ten
     return (nll + weight * gated).sum() / max(B, 1)  # eq. (7)
 
 
-# What the functions above accept. Everything else ends with an error that names it.
+# How the functions above check their tensors: an error names the argument.
 
 
 def to_tensor(name: str, value: object, shape: tuple | None) -> Tensor:
@@ -636,7 +643,7 @@ def to_tensor(name: str, value: object, shape: tuple | None) -> Tensor:
         tensor = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
         given = type(value).__name__
-        raise TypeError(f"{name} must be a tensor, got {given}: {error}") from error
+        raise TypeError(f"{name} must be a tensor or array, got {given}") from error
     if shape is not None and tensor.shape != shape:
         given = tuple(tensor.shape)
         raise ValueError(f"{name} must have shape {shape}, got {given}")
@@ -652,14 +659,15 @@ def to_reals(name: str, value: object, shape: tuple | None = None) -> Tensor:
 
 
 def to_mask(name: str, value: object, shape: tuple) -> Tensor:
-    """A mask. Numbers are refused: they may be something else by mistake."""
+    """A mask. 0 and 1 are refused: they could be indices or scores, passed by mistake."""
     tensor = to_tensor(name, value, shape)
     if tensor.dtype != torch.bool:
         raise TypeError(f"{name} must be bool of shape {shape}, got {tensor.dtype}")
     return tensor
 
 
-def group_shape(name: str, tensor: Tensor) -> tuple[int, int]:
+def check_group(name: str, tensor: Tensor) -> tuple[int, int]:
+    """The shape of a tensor that has to be (B, G)."""
     shape = tuple(tensor.shape)
     if len(shape) != 2 or shape[1] < 2:
         raise ValueError(f"{name} must have shape (B, G) with G >= 2, got {shape}")
@@ -741,11 +749,10 @@ def post_train(
     rule: Rule | None,
     weight: float,
     config: Config,
-    label: str
-    | None = None,  # begins a printed line every 100 steps; None: print nothing
+    label: str | None = None,  # of the printed lines; None: print nothing
 ) -> None:
-    """The training loop; it changes `policy`."""
-    torch.manual_seed(config.seed)
+    """The training loop. It changes `policy` and prints a line every 100 steps."""
+    torch.manual_seed(config.seed)  # every arm sees the same batches
     all_histories = torch.as_tensor(split.history)
     all_targets = torch.as_tensor(split.target)
     batches = shuffled_batches(len(all_targets), config.batch, config.epochs)
@@ -765,14 +772,14 @@ def post_train(
             loss = nll.mean()
             recent.append({"nll": loss.detach()})
         else:
-            # GRPO joins where the rule admits it.
+            # GRPO joins where the rule wants it.
             scored = roll_out_and_score(policy, ranker, history, target, config)
-            admit = rule(scored)  # (B,)
+            chosen = rule(scored)  # (B,)
             advantages = group_advantages(scored.rewards)  # (B, G)  eq. (5)
             old_logp = scored.logp.detach()  # one update per rollout
             grpo = grpo_loss(scored.logp, old_logp, advantages)  # (B,)  eq. (6)
-            loss = adagrpo_loss(nll, grpo, admit, weight)  # eq. (7)
-            recent.append(training_figures(nll, scored, admit))
+            loss = adagrpo_loss(nll, grpo, chosen, weight)  # eq. (7)
+            recent.append(training_figures(nll, scored, chosen))
 
         optimizer.zero_grad()
         loss.backward()
@@ -788,7 +795,7 @@ def post_train(
             started = time.perf_counter()
 
 
-def training_figures(nll: Tensor, scored: Scored, admit: Tensor) -> dict[str, Tensor]:
+def training_figures(nll: Tensor, scored: Scored, chosen: Tensor) -> dict[str, Tensor]:
     """What to watch in training; scalars."""
     is_easy = ~scored.gate.hard
     is_unclear = scored.gate.hard & ~scored.gate.clear
@@ -797,7 +804,7 @@ def training_figures(nll: Tensor, scored: Scored, admit: Tensor) -> dict[str, Te
         "reward": scored.rewards.mean(),  # over all rollouts
         "easy": is_easy.float().mean(),
         "unclear": is_unclear.float().mean(),  # hard, but not clear
-        "admitted": admit.float().mean(),  # by the arm's rule
+        "admitted": chosen.float().mean(),  # by the arm's rule
     }
 
 
@@ -823,9 +830,28 @@ def training_line(label: str, step: int, recent: list[dict], speed: float) -> st
 
 # --------------------------------------------------------------------------- evaluation
 
-BEAMS = 32  # rollouts per user in evaluation, for every arm
-RERANKED = 64  # likeliest items that the ranker may reorder, see `rerank`
-USERS_AT_ONCE = 128
+BEAMS = 32  # group size when arms are compared, whatever it was in training
+RERANKED = 64  # likeliest items that the ranker may put in another order, see `rerank`
+
+
+def user_batches(split: Split, label: str | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """History (B, H) and target (B,) of all users, under a progress bar if it has a label."""
+    users = len(split.target)
+    starts = range(0, users, 128)
+    if label is not None:
+        starts = tqdm(starts, label, leave=False, disable=None)
+    for start in starts:
+        rows = slice(start, start + 128)
+        yield torch.as_tensor(split.history[rows]), torch.as_tensor(split.target[rows])
+
+
+def joined(batches: list[dict[str, Tensor]]) -> dict[str, np.ndarray]:
+    """One array for each metric."""
+    arrays = {}
+    for name in batches[0]:
+        column = [metrics[name] for metrics in batches]
+        arrays[name] = torch.cat(column).cpu().numpy()
+    return arrays
 
 
 @torch.no_grad()
@@ -834,40 +860,36 @@ def evaluate(
     ranker: Ranker,
     split: Split,
     config: Config,
-    label: str | None = None,  # of a progress bar; None: no bar
+    label: str | None = None,  # of a progress bar
 ) -> dict[str, np.ndarray]:
     """Metrics of every user of a split, (N,) each; shares are in 0..1.
 
     hr@k                1 if the target is among the k likeliest rollouts, else 0
-    ndcg@10             1 / log2(1 + rank of the target), 0 below rank 10
+    ndcg@10             1 / log2(1 + rank of the target); 0 if it is not among the first 10
     hallucination       share of the 10 likeliest rollouts that name no item
     auc                 share of 100 random items that the ranker scores below the target
     auc in group        share of the group's negatives that it scores below the target
     top 10              (N, 10) items, -1 for a hallucination
     the fields of Gate  at the thresholds in `config`
 
-    The rollouts are config.group and config.decode: 32 beams, if lists are to be judged.
+    The group is rolled out as `config` says. To compare arms, give it BEAMS beams.
     """
     torch.manual_seed(config.seed)  # the same random items for every policy
     ranks = torch.arange(1, min(config.group, 10) + 1)
     discount = 1 / torch.log2(1 + ranks)  # of NDCG
     batches = []
-    starts = range(0, len(split.target), USERS_AT_ONCE)
-    for start in tqdm(starts, label, leave=False, disable=no_bar(label)):
-        history = torch.as_tensor(split.history[start : start + USERS_AT_ONCE])
-        target = torch.as_tensor(split.target[start : start + USERS_AT_ONCE])
+    for history, target in user_batches(split, label):
         scored = roll_out_and_score(policy, ranker, history, target, config)
         hit = scored.hit.float()  # (B, G)
         top = scored.items[:, :10]
+        target_reward = scored.target_reward[:, None]  # (B, 1)
 
         random_items = torch.randint(len(policy.item_tokens), (len(target), 100))
         random_scores = ranker.click_probability(history, random_items)
-        is_below = random_scores < scored.target_reward[:, None]  # (B, 100)
+        is_below = random_scores < target_reward  # (B, 100)
 
         negative = scored.valid & ~scored.hit
-        is_beaten = negative & (
-            scored.rewards < scored.target_reward[:, None]
-        )  # (B, G)
+        is_beaten = negative & (scored.rewards < target_reward)  # (B, G)
 
         metrics = {
             "hr@5": hit[:, :5].amax(1),
@@ -888,15 +910,13 @@ def evaluate(
 def rerank(
     policy: Policy, ranker: Ranker, split: Split, label: str | None = None
 ) -> dict[str, np.ndarray]:
-    """Has the ranker anything to teach? HR@10 of the policy's 64 likeliest items, twice.
+    """Has the ranker anything to teach?
 
-    Returns (N,) of 0 and 1: "hr@10" in the policy's order and "reranked" in the ranker's.
+    The policy's 64 likeliest items are put into the ranker's order, and the first ten of
+    either order count. Returns (N,) of 0 and 1: "hr@10" (policy) and "reranked" (ranker).
     """
     batches = []
-    starts = range(0, len(split.target), USERS_AT_ONCE)
-    for start in tqdm(starts, label, leave=False, disable=no_bar(label)):
-        history = torch.as_tensor(split.history[start : start + USERS_AT_ONCE])
-        target = torch.as_tensor(split.target[start : start + USERS_AT_ONCE])
+    for history, target in user_batches(split, label):
         tokens, _ = rollout(policy, policy.prompt(history), RERANKED, "beam")
         items = policy.items_of(tokens)  # (B, 64)
         scores = ranker.click_probability(history, items.clamp(min=0))
@@ -912,22 +932,6 @@ def rerank(
     return joined(batches)
 
 
-def no_bar(label: str | None) -> bool | None:
-    """For tqdm's `disable`: True without a label, else None (a bar only on a screen)."""
-    if label is None:
-        return True
-    return None
-
-
-def joined(batches: list[dict[str, Tensor]]) -> dict[str, np.ndarray]:
-    """One array for each metric."""
-    arrays = {}
-    for name in batches[0]:
-        column = [metrics[name] for metrics in batches]
-        arrays[name] = torch.cat(column).cpu().numpy()
-    return arrays
-
-
 # ------------------------------------------------------------------------------ printing
 
 
@@ -939,7 +943,7 @@ def by_kind(split: Split, kinds: tuple[str, ...]) -> dict[str, np.ndarray]:
     return masks
 
 
-def by_cell(before: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def by_verdict(before: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Masks (N,): what the gate said of each user before post-training."""
     hard = before["hard"]
     clear = before["clear"]
@@ -967,16 +971,21 @@ def thinned(split: Split, most: int) -> Split:
     return Split(split.history[rows], split.target[rows], split.kind[rows])
 
 
+def column_width(title: str) -> int:
+    return max(7, len(title) + 1)
+
+
 def print_premise(shop: Shop, policy: Policy, ranker: Ranker, config: Config) -> None:
     """What can be known before any post-training: could the ranker teach, and whom?"""
+    # The group is that of training: thresholds are chosen from what the gate will see.
     validation = thinned(shop.validation, 3000)
     metrics = evaluate(policy, ranker, validation, config, label="premise")
     orders = rerank(policy, ranker, validation, label="re-ranking")
     print_premise_by_kind(validation, shop.kinds, metrics, orders)
 
     posttrain = thinned(shop.posttrain, 3000)
-    trained = evaluate(policy, ranker, posttrain, config, label="leak check")
-    print_leak_check(trained, metrics)
+    posttrain_metrics = evaluate(policy, ranker, posttrain, config, label="leak check")
+    print_leak_check(posttrain_metrics, metrics)
     print_quantiles(metrics)
 
 
@@ -986,13 +995,11 @@ def print_premise_by_kind(
     metrics: dict[str, np.ndarray],
     orders: dict[str, np.ndarray],
 ) -> None:
+    print("\nBefore post-training (validation users, percent).")
     print(
-        "\nBefore post-training (validation users, percent). Re-ranked: HR@10 after the"
+        f"re-ranked: HR@10 of the policy's {RERANKED} likeliest items in the ranker's order."
     )
-    print(
-        f"ranker has put the policy's {RERANKED} likeliest items in its own order. Where"
-    )
-    print("that is no higher than HR@10, the ranker has nothing to teach.")
+    print("Where that is not higher than HR@10, the ranker has little to teach.")
     columns = {
         "HR@10": orders["hr@10"],
         "re-ranked": orders["reranked"],
@@ -1002,29 +1009,29 @@ def print_premise_by_kind(
         "clear": metrics["clear"],
         "admitted": metrics["admit"],
     }
-    print(
-        f"{'':<14}{'share':>8}" + "".join(f"{name:>{width(name)}}" for name in columns)
-    )
+    header = f"{'':<14}{'share':>8}"
+    for title in columns:
+        header += f"{title:>{column_width(title)}}"
+    print(header)
     for kind, mask in by_kind(split, kinds).items():
         line = f"{kind:<14}{100 * mask.mean():>8.1f}"
-        for name, metric in columns.items():
-            line += f"{mean_percent(metric, mask):>{width(name)}.1f}"
+        for title, metric in columns.items():
+            line += f"{mean_percent(metric, mask):>{column_width(title)}.1f}"
         print(line)
 
 
 def print_leak_check(
-    trained: dict[str, np.ndarray], metrics: dict[str, np.ndarray]
+    posttrain_metrics: dict[str, np.ndarray], metrics: dict[str, np.ndarray]
 ) -> None:
-    """A ranker whose log held the post-training targets scores these better than others."""
+    """If the feed held the post-training targets, the ranker would score them better."""
     print("\nThe ranker (percent)  post-training users  validation users")
     for name in ("auc", "clear"):
-        print(
-            f"  {name:<20}{100 * trained[name].mean():>19.1f}"
-            f"{100 * metrics[name].mean():>18.1f}"
-        )
-        if is_clearly_higher(trained[name], metrics[name]):
+        a = posttrain_metrics[name]
+        b = metrics[name]
+        print(f"  {name:<20}{100 * a.mean():>19.1f}{100 * b.mean():>18.1f}")
+        if is_clearly_higher(a, b):
             print(
-                "  WARNING: a leak? The log that the ranker learned from may hold the"
+                "  WARNING: a leak? The feed that the ranker learned from may hold the"
             )
             print(
                 "  post-training targets. The gate would trust what it has memorised."
@@ -1032,13 +1039,13 @@ def print_leak_check(
 
 
 def is_clearly_higher(a: np.ndarray, b: np.ndarray) -> bool:
-    """Is the mean of `a` above that of `b` by 0.04 and by 3 standard errors?"""
+    """Is the mean share in `a` above that in `b` by 4 points and by 3 standard errors?"""
     error = np.sqrt(a.var() / len(a) + b.var() / len(b))
     return bool(a.mean() - b.mean() > max(0.04, 3 * error))
 
 
 def print_quantiles(metrics: dict[str, np.ndarray]) -> None:
-    print("\nQuantiles over validation users, to choose thresholds by")
+    print("\nQuantiles over validation users, to choose thresholds from")
     shares = (0.1, 0.25, 0.5, 0.75, 0.9)
     print(f"{'':<18}" + "".join(f"{share:>9.0%}" for share in shares))
     for name in ("difficulty", "discriminability"):
@@ -1064,7 +1071,7 @@ def print_examples(
     print("\nWhat the gate saw: the five likeliest of the group, for three test users")
     kinds = by_kind(shop.test, shop.kinds)
     for verdict, has_verdict in verdicts.items():
-        # The kind of shopper that this happens to most, and the first one of these.
+        # The first user with this verdict, of the kind that gets it most often.
         shares = {}
         for kind, mask in kinds.items():
             if mask.any():
@@ -1072,7 +1079,7 @@ def print_examples(
         kind = max(shares, key=shares.get)
         users = np.flatnonzero(has_verdict & kinds[kind])
         if len(users) > 0:
-            print(f"{kind} shopper: {verdict}")
+            print(f"{verdict} (a user of kind: {kind})")
             print_group(shop.test, users[0], policy, ranker, config)
 
 
@@ -1115,7 +1122,7 @@ def print_results(
 ) -> None:
     """Two tables: the arms by metric, and by kind of shopper and verdict of the gate."""
     names = ("hr@10", "hr@5", "hr@20", "ndcg@10", "hallucination")
-    everybody = np.ones(len(shop.test.target), dtype=bool)
+    everybody = by_kind(shop.test, shop.kinds)["all"]
     print(f"\nResults on {len(everybody)} test users, percent")
     print(f"{'arm':<22}" + "".join(f"{name:>15}" for name in names))
     for arm, metrics in {"before post-training": before, **results}.items():
@@ -1125,23 +1132,22 @@ def print_results(
     base = next(iter(results))  # the first arm is what the others are compared with
     print("\nHR@10 by kind of shopper, and by the gate's verdict before post-training.")
     print(f"First line: {base}, percent. Other lines: points more or less than {base}.")
-    masks = by_kind(shop.test, shop.kinds) | by_cell(before)
-    print(f"{'arm':<20}" + "".join(f"{name:>{width(name)}}" for name in masks))
+    masks = by_kind(shop.test, shop.kinds) | by_verdict(before)
+    header = f"{'arm':<20}"
+    for title in masks:
+        header += f"{title:>{column_width(title)}}"
+    print(header)
     for arm, metrics in results.items():
         line = f"{arm:<20}"
-        for name, mask in masks.items():
+        for title, mask in masks.items():
+            width = column_width(title)
             level = mean_percent(metrics["hr@10"], mask)
             base_level = mean_percent(results[base]["hr@10"], mask)
             if arm == base:
-                line += f"{level:>{width(name)}.1f}"
+                line += f"{level:>{width}.1f}"
             else:
-                line += f"{level - base_level:>+{width(name)}.1f}"
+                line += f"{level - base_level:>+{width}.1f}"
         print(line)
-
-
-def width(name: str) -> int:
-    """Of a column with this title."""
-    return max(7, len(name) + 1)
 
 
 # ------------------------------------------------------------------------------- command
@@ -1150,19 +1156,19 @@ ARMS = ["nll", "mix-0.3", "mix-1", "difficulty", "discriminability", "adagrpo"]
 
 
 def parse_arm(arm: str, config: Config) -> tuple[str, float]:
-    """RULE or RULE-WEIGHT -> rule and weight. ValueError if it is neither."""
-    rule, dash, number = arm.partition("-")
-    weight = config.weight
-    if dash:
-        weight = float(number)
-    if rule not in RULES or not 0 <= weight < float("inf"):
-        rules = ", ".join(RULES)
-        raise ValueError(f"{arm} is no RULE or RULE-WEIGHT; the rules are {rules}")
-    return rule, weight
+    """RULE or RULE-WEIGHT -> name of the rule and weight. ValueError if it is neither."""
+    rule_name, dash, weight = arm.partition("-")
+    if not dash:
+        weight = config.weight
+    weight = float(weight)
+    if rule_name not in RULES or not 0 <= weight < math.inf:
+        raise ValueError(f"{arm} is no RULE or RULE-WEIGHT of {', '.join(RULES)}")
+    return rule_name, weight
 
 
-def number(kind: type, lowest: float, highest: float) -> Callable[[str], float]:
-    """A type for argparse: a number in a range."""
+def within(lowest: float, highest: float) -> Callable[[str], float]:
+    """A type for argparse: a number in a range, whole if the range is given in whole ones."""
+    kind = type(lowest)
 
     def parse(text: str) -> float:
         value = kind(text)
@@ -1171,6 +1177,7 @@ def number(kind: type, lowest: float, highest: float) -> Callable[[str], float]:
             raise argparse.ArgumentTypeError(message)
         return value
 
+    parse.__name__ = "number"  # argparse says "invalid number value"
     return parse
 
 
@@ -1181,60 +1188,41 @@ def command_line(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
     """
     parser = argparse.ArgumentParser(
         description="AdaGRPO: GRPO from a biased ranker, gated sample by sample.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
-    count = number(int, 1, 10**6)
-    share = number(float, 0, 1)
-    default = Config()
-
     add("--arms", nargs="+", default=ARMS, help="RULE or RULE-WEIGHT, as in mix-0.3")
-    add("--jobs", type=count, help="processes; 1: all in this one (default: the cores)")
-    add(
-        "--device",
-        default="auto",
-        choices=("auto", "cpu", "cuda", "mps"),
-        help="of torch",
-    )
+    add("--jobs", type=within(1, 1000), help="processes; 1: all in this one")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     add("--quick", action="store_true", help="a tiny shop; its figures mean nothing")
     add("--data", help="an .npz file of your own in place of the toy shop")
 
-    # one option for each field of Config
-    seeds = number(int, 0, 2**31)
-    add("--seed", type=seeds, default=default.seed, help="of everything random")
-    strength = number(float, 0, 5)
-    add("--bias", type=strength, default=default.bias, help="exposure bias of the feed")
-    several = number(int, 0, 100)
-    add(
-        "--negatives", type=several, default=default.negatives, help="beside each slate"
-    )
-    add("--ranker-epochs", type=count, default=default.ranker_epochs, help="passes")
-    add("--pretrain-epochs", type=count, default=default.pretrain_epochs, help="passes")
-    add("--users", type=count, default=default.users, help="of the toy's post-training")
-    add("--epochs", type=count, default=default.epochs, help="passes over these users")
-    add("--batch", type=count, default=default.batch, help="users per step (B)")
-    add("--lr", type=share, default=default.lr, help="learning rate of post-training")
-    rollouts = number(int, 2, 1000)
-    add("--group", type=rollouts, default=default.group, help="rollouts per user (G)")
-    kinds = ("beam", "sample")
-    add("--decode", choices=kinds, default=default.decode, help="how to roll out")
-    weights = number(float, 0, 1e6)
-    add("--weight", type=weights, default=default.weight, help="of GRPO beside NLL")
-    least = default.min_difficulty
-    add("--min-difficulty", type=share, default=least, help="share ahead of the target")
-    least = default.min_discriminability
-    rewards = number(float, -1, 1)
-    add("--min-discriminability", type=rewards, default=least, help="of the reward")
+    # The settings; class Config says what each one means and holds the defaults.
+    add("--seed", type=within(0, 2**31))
+    add("--bias", type=within(0.0, 5.0))
+    add("--negatives", type=within(0, 100))
+    add("--ranker-epochs", type=within(1, 1000))
+    add("--pretrain-epochs", type=within(1, 1000))
+    add("--users", type=within(1, 10**6))
+    add("--epochs", type=within(1, 1000))
+    add("--batch", type=within(1, 10**5))
+    add("--lr", type=within(0.0, 1.0))
+    add("--group", type=within(2, 1000))
+    add("--decode", choices=("beam", "sample"))
+    add("--weight", type=within(0.0, 1e6))
+    add("--min-difficulty", type=within(0.0, 1.0))
+    add("--min-discriminability", type=within(-1.0, 1.0))
+    parser.set_defaults(**vars(Config()))
 
     options = parser.parse_args(argv)
-    names = vars(default)
-    config = Config(**{name: vars(options)[name] for name in names})
+    config = Config(**{name: vars(options)[name] for name in vars(Config())})
     for arm in options.arms:
         try:
             parse_arm(arm, config)
         except ValueError as error:
             parser.error(f"argument --arms: {error}")
+    if options.quick and options.data:
+        parser.error("argument --quick: it is a toy shop, which --data replaces")
 
     devices = ["cpu"]
     if torch.backends.mps.is_available():
@@ -1246,12 +1234,11 @@ def command_line(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
     if options.device not in devices:
         parser.error(f"argument --device: {options.device} is not available here")
 
-    # Processes share a CPU well, and a GPU badly. Windows allows 61.
     if options.jobs is None:
-        options.jobs = 1
+        options.jobs = 1  # processes share a GPU badly, but a CPU well
         if options.device == "cpu":
             options.jobs = min(multiprocessing.cpu_count(), len(options.arms))
-    options.jobs = min(options.jobs, 61)
+    options.jobs = min(options.jobs, 61)  # the most that Windows allows
     return config, options
 
 
@@ -1268,16 +1255,32 @@ def open_shop(config: Config, options: argparse.Namespace) -> Shop:
     return make_shop(config.seed, config.bias, sizes)
 
 
+def for_lists(config: Config) -> Config:
+    """The settings with which lists of recommendations are judged."""
+    return replace(config, group=BEAMS, decode="beam")
+
+
 def run_arm(
     arm: str, shop: Shop, pretrained: Policy, ranker: Ranker, config: Config
 ) -> dict[str, np.ndarray]:
     """Post-train a copy of the policy by one arm -> its metrics on the test users."""
-    rule, weight = parse_arm(arm, config)
+    rule_name, weight = parse_arm(arm, config)
+    rule = RULES[rule_name]
     policy = copy.deepcopy(pretrained)
-    post_train(policy, ranker, shop.posttrain, RULES[rule], weight, config, label=arm)
-    return evaluate(
-        policy, ranker, shop.test, replace(config, group=BEAMS, decode="beam")
-    )
+    post_train(policy, ranker, shop.posttrain, rule, weight, config, label=arm)
+    return evaluate(policy, ranker, shop.test, for_lists(config))
+
+
+def call(task: tuple) -> object:
+    """(function, argument, ...) -> its result: for a `map` that passes one argument."""
+    function, *arguments = task
+    return function(*arguments)
+
+
+NO_RESULT = "--quick: a tiny shop and a short training. The figures mean nothing."
+ONE_SEED = "This is one seed, a first look. Repeat it with --seed 1, 2, 3, ..."
+ONE_TOY_SEED = """This is one seed, a first look: it says little. Ten seeds, with an interval
+and a verdict for every claim, are in .github/RESULTS.md."""
 
 
 def run(
@@ -1288,41 +1291,35 @@ def run(
 ) -> None:
     """The whole experiment."""
     if options.quick:
-        print("--quick: a tiny shop and a short training. The figures mean nothing.")
+        print(NO_RESULT)
 
     tasks = [(pretrain, shop, config), (train_ranker, shop, config)]
     pretrained, ranker = side_by_side(call, tasks)
     print_premise(shop, pretrained, ranker, config)
-    beams = replace(config, group=BEAMS, decode="beam")
+    lists = for_lists(config)
     before = evaluate(
-        pretrained, ranker, shop.test, beams, label="before post-training"
+        pretrained, ranker, shop.test, lists, label="before post-training"
     )
-    print_examples(shop, pretrained, ranker, before, beams)
+    print_examples(shop, pretrained, ranker, before, lists)
 
     print(f"\nPost-training\n{training_header()}", flush=True)
     tasks = [(run_arm, arm, shop, pretrained, ranker, config) for arm in options.arms]
-    metrics = side_by_side(call, tasks)
+    metrics = list(side_by_side(call, tasks))
     print_results(shop, before, dict(zip(options.arms, metrics, strict=True)))
 
+    closing = ONE_TOY_SEED
+    if options.data:
+        closing = ONE_SEED
     if options.quick:
-        print("\n--quick: a tiny shop and a short training. The figures mean nothing.")
-    elif options.data:
-        print("\nThis is one seed, a first look. Repeat it with --seed 1, 2, 3, ...")
-    else:
-        print("\nThis is one seed, a first look. Ten seeds, with an interval for every")
-        print("claim, are in .github/RESULTS.md.")
-
-
-def call(task: tuple) -> object:
-    """(function, argument, ...) -> its result: for a `map` that passes one argument."""
-    function, *arguments = task
-    return function(*arguments)
+        closing = NO_RESULT
+    print(f"\n{closing}")
 
 
 def start_process(device: str) -> None:
-    """In every process: one thread, because the tensors are tiny, and the device.
+    """Set up a process: one thread, because the tensors are tiny, and the device.
 
-    A worker also has to end at Ctrl-C, and when the process that started it is gone.
+    A worker also has to end at Ctrl-C, and when the process that started it is gone: else
+    it would train on as an orphan.
     """
     torch.set_num_threads(1)
     if device != "cpu":

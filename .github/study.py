@@ -216,14 +216,14 @@ def post_trained(
 def run_seed(config: Config, is_quick: bool, arms: list[str], out: Path) -> None:
     """Run the arms of one seed and save a record after each."""
     shop, start, ranker = prepare(config, is_quick)
-    beams = replace(config, group=adagrpo.BEAMS, decode="beam")
-    before = adagrpo.evaluate(start, ranker, shop.test, beams)
-    masks = adagrpo.by_kind(shop.test, shop.kinds) | adagrpo.by_cell(before)
+    lists = adagrpo.for_lists(config)
+    before = adagrpo.evaluate(start, ranker, shop.test, lists)
+    masks = adagrpo.by_kind(shop.test, shop.kinds) | adagrpo.by_verdict(before)
 
     for arm in arms:
         policy, training = post_trained(arm, shop, start, ranker, config)
-        test = adagrpo.evaluate(policy, ranker, shop.test, beams)
-        validation = adagrpo.evaluate(policy, ranker, shop.validation, beams)
+        test = adagrpo.evaluate(policy, ranker, shop.test, lists)
+        validation = adagrpo.evaluate(policy, ranker, shop.validation, lists)
         figures = figures_of(shop, test, masks)
         figures["validation"] = {"hr@10": 100 * float(validation["hr@10"].mean())}
         if training:
