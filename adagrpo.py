@@ -972,7 +972,7 @@ def thinned(split: Split, most: int) -> Split:
 
 
 def column_width(title: str) -> int:
-    return max(7, len(title) + 1)
+    return max(8, len(title) + 1)
 
 
 def print_premise(shop: Shop, policy: Policy, ranker: Ranker, config: Config) -> None:
@@ -1121,13 +1121,18 @@ def print_results(
     results: dict[str, dict[str, np.ndarray]],  # by arm
 ) -> None:
     """Two tables: the arms by metric, and by kind of shopper and verdict of the gate."""
-    names = ("hr@10", "hr@5", "hr@20", "ndcg@10", "hallucination")
-    everybody = by_kind(shop.test, shop.kinds)["all"]
-    print(f"\nResults on {len(everybody)} test users, percent")
-    print(f"{'arm':<22}" + "".join(f"{name:>15}" for name in names))
+    titles = ("hr@10", "hr@5", "hr@20", "ndcg@10", "hallucination", "validation hr@10")
+    users = len(shop.test.target)
+    print(f"\nResults on {users} test users, percent. Last column: what to tune by.")
+    header = f"{'arm':<22}"
+    for title in titles:
+        header += f"{title:>{column_width(title)}}"
+    print(header)
     for arm, metrics in {"before post-training": before, **results}.items():
-        levels = [mean_percent(metrics[name], everybody) for name in names]
-        print(f"{arm:<22}" + "".join(f"{level:>15.2f}" for level in levels))
+        line = f"{arm:<22}"
+        for title in titles:
+            line += f"{100 * metrics[title].mean():>{column_width(title)}.2f}"
+        print(line)
 
     base = next(iter(results))  # the first arm is what the others are compared with
     print("\nHR@10 by kind of shopper, and by the gate's verdict before post-training.")
@@ -1260,15 +1265,25 @@ def for_lists(config: Config) -> Config:
     return replace(config, group=BEAMS, decode="beam")
 
 
+def test_and_validate(
+    policy: Policy, ranker: Ranker, shop: Shop, config: Config, label: str | None = None
+) -> dict[str, np.ndarray]:
+    """The metrics of the test users, and "validation hr@10" of the validation users."""
+    lists = for_lists(config)
+    validation = evaluate(policy, ranker, shop.validation, lists, label)
+    metrics = evaluate(policy, ranker, shop.test, lists, label)
+    return metrics | {"validation hr@10": validation["hr@10"]}
+
+
 def run_arm(
     arm: str, shop: Shop, pretrained: Policy, ranker: Ranker, config: Config
 ) -> dict[str, np.ndarray]:
-    """Post-train a copy of the policy by one arm -> its metrics on the test users."""
+    """Post-train a copy of the policy by one arm -> its metrics."""
     rule_name, weight = parse_arm(arm, config)
     rule = RULES[rule_name]
     policy = copy.deepcopy(pretrained)
     post_train(policy, ranker, shop.posttrain, rule, weight, config, label=arm)
-    return evaluate(policy, ranker, shop.test, for_lists(config))
+    return test_and_validate(policy, ranker, shop, config)
 
 
 def call(task: tuple) -> object:
@@ -1296,11 +1311,8 @@ def run(
     tasks = [(pretrain, shop, config), (train_ranker, shop, config)]
     pretrained, ranker = side_by_side(call, tasks)
     print_premise(shop, pretrained, ranker, config)
-    lists = for_lists(config)
-    before = evaluate(
-        pretrained, ranker, shop.test, lists, label="before post-training"
-    )
-    print_examples(shop, pretrained, ranker, before, lists)
+    before = test_and_validate(pretrained, ranker, shop, config, "before post-training")
+    print_examples(shop, pretrained, ranker, before, for_lists(config))
 
     print(f"\nPost-training\n{training_header()}", flush=True)
     tasks = [(run_arm, arm, shop, pretrained, ranker, config) for arm in options.arms]

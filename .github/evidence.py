@@ -25,10 +25,21 @@ import numpy as np
 import pictures
 
 # The commands that made the files, printed at the top of RESULTS.md.
-COMMANDS: tuple[str, ...] = ()
+COMMANDS = (
+    """study="python .github/study.py --out runs/study.json"
+$study --seeds $(seq 40 49) --arms before nll adagrpo mix-1 mix-0.3 difficulty \\
+  discriminability nll@1 nll@2 nll@4 nll@6 nll@12 mix-0.1 mix-3 adagrpo-1 adagrpo-15 \\
+  difficulty-2.1 discriminability-2.6 random spread-2.6 level-3.2 oracle-2.1 centred-10
+$study --seeds $(seq 40 49) --decode sample --arms adagrpo-2 adagrpo mix-0.3 mix-1
+for variation in "--bias 0" "--bias 0.5" "--negatives 0"; do
+  $study --seeds $(seq 40 43) $variation --arms nll mix-0.3 mix-1 adagrpo; done
+$study --seeds $(seq 40 43) --min-difficulty 0.15 --arms adagrpo
+$study --seeds $(seq 40 43) --min-difficulty 0.6 --arms adagrpo
+$study --seeds $(seq 40 43) --arms gradients""",
+)
 
 # Settings of the main study.
-DEFAULTS = {"bias": 1.0, "negatives": 2, "epochs": 4, "users": 1600, "batch": 8}
+DEFAULTS = {"bias": 1.0, "negatives": 2, "epochs": 3, "users": 1200, "batch": 8}
 DEFAULTS |= {"group": 32, "decode": "beam", "weight": 5.0, "lr": 0.001}
 DEFAULTS |= {"min_difficulty": 0.3, "min_discriminability": 0.01}
 
@@ -38,17 +49,17 @@ UNSEEN_BY_NLL = {"group", "decode", "weight", "min_difficulty", "min_discriminab
 # Arms by the part that they play in a claim. A number after a dash is a weight, a
 # number after an @ is a number of passes.
 OURS = "adagrpo"
-OURS_SAMPLED = "adagrpo"  # in the study with sampled groups, weight by validation
+OURS_SAMPLED = "adagrpo-2"  # in the study with sampled groups, weight by validation
 MIXES = ("mix-0.1", "mix-0.3", "mix-1", "mix-3")
 WEIGHTS = ("adagrpo-1", "adagrpo", "adagrpo-15")
 EQUAL_COMPUTE = "nll@12"
-PASSES = ("nll", "nll@1", "nll@2", "nll@3", "nll@6", EQUAL_COMPUTE)
+PASSES = ("nll", "nll@1", "nll@2", "nll@4", "nll@6", EQUAL_COMPUTE)
 EQUAL_WEIGHT = ("difficulty", "discriminability")
-EQUAL_DOSE = ("difficulty-1.8", "discriminability-2.7")
+EQUAL_DOSE = ("difficulty-2.1", "discriminability-2.6")
 RANDOM = "random"
-SPREAD = "spread-2.3"
-LEVEL = "level-3"
-ORACLE = "oracle-2"
+SPREAD = "spread-2.6"
+LEVEL = "level-3.2"
+ORACLE = "oracle-2.1"
 CENTRED = "centred-10"
 UNGATED = "mix-1"  # what the stratified analysis calls ungated GRPO
 
@@ -107,6 +118,7 @@ class Study:
     def __init__(self, settings: dict):
         self.settings = settings
         self.runs: dict[tuple[int, str], dict] = {}
+        self.cosines: dict[int, dict[str, float]] = {}  # of gradients, by seed
 
     def seeds(self) -> list[int]:
         return sorted({seed for seed, _ in self.runs})
@@ -194,6 +206,9 @@ def read(files: list[Path]) -> tuple[Study, list[Study]]:
         for record in records:
             key = tuple(sorted(record["settings"].items()))
             study = studies.setdefault(key, Study(record["settings"]))
+            if record["arm"] == "gradients":
+                study.cosines[record["seed"]] = record["figures"]["cosine"]
+                continue
             run = record["seed"], record["arm"]
             kept = study.runs.setdefault(run, record["figures"])
             if json.dumps(kept) != json.dumps(record["figures"]):
@@ -549,6 +564,16 @@ def seeds_table(study: Study) -> str:
     return table(["seed", *arms], rows)
 
 
+def cosines_table(study: Study) -> str:
+    rows = []
+    for decode, words in {"beam": "beams", "sample": "draws"}.items():
+        values = [cosines[decode] for cosines in study.cosines.values()]
+        if values:
+            group = study.settings["group"]
+            rows.append([f"{group} {words}", plus_minus(values)])
+    return table(["group", "cosine"], rows)
+
+
 def results(main: Study, variations: list[Study], sampled: Study, rows: list) -> str:
     """The whole of RESULTS.md."""
     settings = ", ".join(f"{key} {value}" for key, value in main.settings.items())
@@ -639,6 +664,11 @@ The group is drawn from the policy, not found by beam search: nll as a level, th
 arms as differences to it, over the seeds {seed_names(sampled.seeds())}.
 
 {arms_table(sampled)}
+
+Beams are no draws: cosine of the GRPO gradient of a group with that of 600 draws for each
+of the same 256 users, before post-training, mean over the seeds {seed_names(list(main.cosines))}.
+
+{cosines_table(main)}
 
 ## Ablations
 

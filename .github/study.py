@@ -13,12 +13,13 @@ RULE, RULE-WEIGHT, RULE@PASSES or RULE-WEIGHT@PASSES, with the rules of adagrpo.
   level     hard, and the ranker gives the target at least 0.1
   oracle    trend shoppers, by the truth
   centred   no gate, advantages without the division by std (Dr. GRPO, arXiv 2503.20783)
+  gradients trains nothing: cosines of the GRPO gradient of beams, and of draws, with that
+            of 600 draws, before post-training
 
 The file is a list of records {seed, arm, settings, figures}; figures are {group: {metric:
 value}}, in percent (dwell in seconds). Each record is saved when its arm ends, under a
 lock, so several runs can share a file. A run that was stopped goes on where it was; after a
-change of the code take a new file. `--gradients` compares beams and draws instead. Needs
-Linux or macOS.
+change of the code take a new file. Needs Linux or macOS.
 """
 
 import argparse
@@ -54,7 +55,8 @@ NOT_IN_RECORD = (
     "device",
     "data",
 )  # the figures do not hang on these
-OTHER_RULES = ("before", "random", "spread", "level", "oracle", "centred")
+CONTROLS = ("random", "spread", "level", "oracle", "centred")
+NO_TRAINING = ("before", "gradients")
 
 # ------------------------------------------------------------------------------ the arms
 
@@ -104,7 +106,7 @@ def parse_arm(arm: str, config: Config) -> tuple[str, float, int]:
         passes = config.epochs
     weight = float(weight)
     passes = int(passes)
-    known = (*adagrpo.RULES, *OTHER_RULES)
+    known = (*adagrpo.RULES, *CONTROLS, *NO_TRAINING)
     if rule not in known or not 0 <= weight < np.inf or passes < 1:
         raise ValueError(arm)
     return rule, weight, passes
@@ -221,15 +223,20 @@ def run_seed(config: Config, is_quick: bool, arms: list[str], out: Path) -> None
     masks = adagrpo.by_kind(shop.test, shop.kinds) | adagrpo.by_verdict(before)
 
     for arm in arms:
-        policy, training = post_trained(arm, shop, start, ranker, config)
-        test = adagrpo.evaluate(policy, ranker, shop.test, lists)
-        validation = adagrpo.evaluate(policy, ranker, shop.validation, lists)
-        figures = figures_of(shop, test, masks)
-        figures["validation"] = {"hr@10": 100 * float(validation["hr@10"].mean())}
-        if training:
-            figures["training"] = training
-        if arm == "before":
-            figures |= premise_of(shop, start, ranker, config)
+        if arm == "gradients":
+            figures = {"cosine": compare_gradients(config, shop, start, ranker)}
+            summary = str(figures["cosine"])
+        else:
+            policy, training = post_trained(arm, shop, start, ranker, config)
+            test = adagrpo.evaluate(policy, ranker, shop.test, lists)
+            validation = adagrpo.evaluate(policy, ranker, shop.validation, lists)
+            figures = figures_of(shop, test, masks)
+            figures["validation"] = {"hr@10": 100 * float(validation["hr@10"].mean())}
+            if training:
+                figures["training"] = training
+            if arm == "before":
+                figures |= premise_of(shop, start, ranker, config)
+            summary = f"HR@10 {figures['all']['hr@10']:.2f}"
         record = {
             "seed": config.seed,
             "arm": arm,
@@ -237,8 +244,7 @@ def run_seed(config: Config, is_quick: bool, arms: list[str], out: Path) -> None
             "figures": figures,
         }
         save(out, record)
-        hr = figures["all"]["hr@10"]
-        print(f"seed {config.seed}  {arm:<22} HR@10 {hr:.2f}", flush=True)
+        print(f"seed {config.seed}  {arm:<22} {summary}", flush=True)
 
 
 # ------------------------------------------------------------------------ the results file
@@ -264,7 +270,7 @@ def load(path: Path) -> list[dict]:
     if not path.exists():
         return []
     if not path.is_file():
-        raise ValueError(f"{path} is no regular file")
+        raise ValueError("it is no regular file")
     text = path.read_text()
     if not text.strip():
         return []
@@ -274,7 +280,7 @@ def load(path: Path) -> list[dict]:
         for record in records
     )
     if not is_ours:
-        raise ValueError(f"{path} is no results file of this program")
+        raise ValueError("it is no results file of this program")
     return records
 
 
@@ -290,17 +296,20 @@ def save(path: Path, record: dict) -> None:
 # ------------------------------------------------------------------------------- gradients
 
 
-def compare_gradients(config: Config, is_quick: bool, users: int = 256) -> None:
+def compare_gradients(
+    config: Config, shop: Shop, start: Policy, ranker: Ranker, users: int = 256
+) -> dict[str, float]:
     """Cosines of the GRPO gradient of beams, and of draws, with that of 600 draws."""
-    shop, policy, ranker = prepare(config, is_quick)
     torch.manual_seed(config.seed)
+    policy = copy.deepcopy(start)
+    users = min(users, len(shop.posttrain.target))
 
     def gradient(group: int, decode: str) -> torch.Tensor:
         settings = replace(config, group=group, decode=decode)
         policy.zero_grad()
-        for start in range(0, users, 8):
-            history = torch.as_tensor(shop.posttrain.history[start : start + 8])
-            target = torch.as_tensor(shop.posttrain.target[start : start + 8])
+        for first in range(0, users, 8):
+            history = torch.as_tensor(shop.posttrain.history[first : first + 8])
+            target = torch.as_tensor(shop.posttrain.target[first : first + 8])
             scored = adagrpo.roll_out_and_score(
                 policy, ranker, history, target, settings
             )
@@ -310,11 +319,11 @@ def compare_gradients(config: Config, is_quick: bool, users: int = 256) -> None:
         return torch.cat([p.grad.flatten() for p in policy.parameters()])
 
     many_draws = gradient(600, "sample")
+    cosines = {}
     for decode in ("beam", "sample"):
         other = gradient(config.group, decode)
-        cosine = torch.cosine_similarity(many_draws, other, dim=0).item()
-        name = f"{decode}, G = {config.group}"
-        print(f"seed {config.seed}  {name:<16} cosine {cosine:.3f}", flush=True)
+        cosines[decode] = torch.cosine_similarity(many_draws, other, dim=0).item()
+    return cosines
 
 
 # --------------------------------------------------------------------------------- command
@@ -335,9 +344,6 @@ def parse(
     parser.add_argument("--arms", nargs="+", default=default_arms)
     parser.add_argument("--jobs", type=int, default=cores, help="processes")
     parser.add_argument("--out", type=Path, help="JSON file of results, to resume")
-    parser.add_argument(
-        "--gradients", action="store_true", help="compare, train nothing"
-    )
     ours, rest = parser.parse_known_args(argv)
     config, options = adagrpo.command_line(rest)
 
@@ -348,7 +354,7 @@ def parse(
         try:
             parse_arm(arm, config)
         except ValueError:
-            rules = ", ".join((*adagrpo.RULES, *OTHER_RULES))
+            rules = ", ".join((*adagrpo.RULES, *CONTROLS, *NO_TRAINING))
             parser.error(
                 f"argument --arms: {arm} is no RULE[-WEIGHT][@PASSES]: {rules}"
             )
@@ -357,9 +363,6 @@ def parse(
     ours.jobs = min(ours.jobs, 61)  # the most that Windows allows
     if options.data:
         parser.error("argument --data: the study is for the toy shop")
-    if ours.gradients:
-        return ours, config, options
-
     if ours.out is None:
         parser.error("argument --out: a file is needed")
     ours.out = ours.out.resolve()  # a link stays one
@@ -393,12 +396,6 @@ def missing_work(
 def main(argv: list[str] | None = None) -> int:
     """Run what the file lacks. Returns the exit status."""
     ours, config, options = parse(argv)
-    if ours.gradients:
-        adagrpo.start_process(options.device)
-        for seed in ours.seeds:
-            compare_gradients(replace(config, seed=seed), options.quick)
-        return 0
-
     tasks = missing_work(ours, config, options.quick)
     errors = []
     spawn = multiprocessing.get_context("spawn")
