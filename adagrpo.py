@@ -1099,6 +1099,11 @@ def print_group(
     print_row("    policy", [f"{p:.3f}" for p in scored.logp[0, :5].exp()])
     print_row("    reward", [f"{r:.3f}" for r in scored.rewards[0, :5]])
     print_row("    advantage", [f"{a:+.2f}" for a in advantages[0, :5]])
+    best = scored.rewards[0].argmax()
+    print(
+        f"  highest reward of the group: {name_of(scored.tokens[0, best])},"
+        f" reward {scored.rewards[0, best]:.3f}, advantage {advantages[0, best]:+.2f}"
+    )
     print(
         f"  target {name_of(policy.item_tokens[target[0]])}:"
         f" reward {scored.target_reward[0]:.3f},"

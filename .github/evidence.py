@@ -739,7 +739,9 @@ def frontier_picture(file: Path, study: Study) -> None:
 
 def main() -> None:
     here = Path(__file__).parent
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description="Claims, tables and pictures from finished runs of study.py."
+    )
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
     parser.add_argument("--results", type=Path, default=here / "RESULTS.md")
     parser.add_argument("--pictures", type=Path, default=here, help="folder")
