@@ -1198,30 +1198,32 @@ def command_line(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
     """
     parser = argparse.ArgumentParser(
         description="AdaGRPO: GRPO from a biased ranker, gated sample by sample.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
     add("--arms", nargs="+", default=ARMS, help="RULE or RULE-WEIGHT, as in mix-0.3")
-    add("--jobs", type=within(1, 1000), help="processes; 1: all in this one")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    add("--jobs", type=within(1, 1000), help="processes; without it, by the cores")
+    devices = ("auto", "cpu", "cuda", "mps")
+    add("--device", choices=devices, default="auto", help="of torch")
     add("--quick", action="store_true", help="a tiny shop; its figures mean nothing")
     add("--data", help="an .npz file of your own in place of the toy shop")
 
-    # The settings; class Config says what each one means and holds the defaults.
-    add("--seed", type=within(0, 2**31))
-    add("--bias", type=within(0.0, 5.0))
-    add("--negatives", type=within(0, 100))
-    add("--ranker-epochs", type=within(1, 1000))
-    add("--pretrain-epochs", type=within(1, 1000))
-    add("--users", type=within(1, 10**6))
-    add("--epochs", type=within(1, 1000))
-    add("--batch", type=within(1, 10**5))
-    add("--lr", type=within(0.0, 1.0))
-    add("--group", type=within(2, 1000))
-    add("--decode", choices=("beam", "sample"))
-    add("--weight", type=within(0.0, 1e6))
-    add("--min-difficulty", type=within(0.0, 1.0))
-    add("--min-discriminability", type=within(-1.0, 1.0))
+    # The settings: class Config holds the defaults and says more.
+    add("--seed", type=within(0, 2**31), help="of everything random")
+    add("--bias", type=within(0.0, 5.0), help="of the toy shop's feed")
+    add("--negatives", type=within(0, 100), help="random items per slate")
+    add("--ranker-epochs", type=within(1, 1000), help="passes over the feed")
+    add("--pretrain-epochs", type=within(1, 1000), help="passes in pre-training")
+    add("--users", type=within(1, 10**6), help="of the toy shop in post-training")
+    add("--epochs", type=within(1, 1000), help="passes in post-training")
+    add("--batch", type=within(1, 10**5), help="users per step (B)")
+    add("--lr", type=within(0.0, 1.0), help="learning rate of post-training")
+    add("--group", type=within(2, 1000), help="rollouts per user (G)")
+    add("--decode", choices=("beam", "sample"), help="how groups are made")
+    add("--weight", type=within(0.0, 1e6), help="of GRPO, if the arm names none")
+    add("--min-difficulty", type=within(0.0, 1.0), help="threshold of the gate")
+    add("--min-discriminability", type=within(-1.0, 1.0), help="threshold of the gate")
     parser.set_defaults(**vars(Config()))
 
     options = parser.parse_args(argv)
@@ -1234,14 +1236,14 @@ def command_line(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
     if options.quick and options.data:
         parser.error("argument --quick: it is a toy shop, which --data replaces")
 
-    devices = ["cpu"]
+    available = ["cpu"]
     if torch.backends.mps.is_available():
-        devices.insert(0, "mps")
+        available.insert(0, "mps")
     if torch.cuda.is_available():
-        devices.insert(0, "cuda")
+        available.insert(0, "cuda")
     if options.device == "auto":
-        options.device = devices[0]
-    if options.device not in devices:
+        options.device = available[0]
+    if options.device not in available:
         parser.error(f"argument --device: {options.device} is not available here")
 
     if options.jobs is None:

@@ -8,16 +8,17 @@ A shopper has a taste, an item has a place in the same space, and both meet in o
 People buy items of high appeal, and click them where the feed shows them. So two logs come
 out, as in a real shop. Purchases: the policy learns from them. Slates of the feed with their
 clicks: only the ranker sees them. Nobody adds noise to a score: the bias is in what the
-slates do NOT hold. Shoppers are of three kinds, recognisable from their history:
+feed does NOT show. Shoppers are of three kinds, recognisable from their history:
 
-  trend   Their taste follows fashion. The policy was pre-trained on LAST season's
-          purchases, the slates are from this season. The policy is unsure and the ranker
-          knows: listen to it.
+  trend   The quality of their items changes with the season. The policy was pre-trained on
+          LAST season's purchases, the slates are from this season. The policy is unsure
+          and the ranker knows: listen to it.
   series  They buy almost in order, like volumes or refills. The policy reads the order;
           the ranker sees a bag of items and cannot. The policy finds these shoppers easy:
           leave them alone.
-  niche   The feed hides nine tenths of their items, so the ranker is blind to these. The
-          other tenth is shown and gets all the clicks: the ranker prefers these few to
+  niche   The feed hides nine tenths of their items. Of these the ranker sees nothing but
+          the random items that it is told were not clicked. The other tenth is shown and
+          gets all the clicks: the ranker prefers those few, the popular distractors, to
           what niche shoppers really buy. Do not listen.
 
 Purchases of this season are scarce and slates are plentiful: 1,200 shoppers to post-train
@@ -47,7 +48,9 @@ KINDS = ("trend", "series", "niche")
 CATEGORY_KIND = ["niche"] * 3 + ["series"] * 3 + ["trend"] * 10  # 10 of 16 are trend
 
 TASTE_DIM = 8  # tastes and items are vectors of length 1 in this many dimensions
-NICHE_DISTANCE = 2.5  # niche tastes lie apart from the others along the first dimension
+NICHE_DISTANCE = (
+    2.5  # first number of a centre, + niche, - others, before its length is 1
+)
 SUBCATEGORY_SPREAD = 0.3  # of sub-categories around their category's centre
 ITEM_SPREAD = 0.2  # of items around the middle of their sub-category
 TASTE_SPREAD = 0.2  # of tastes around the centre of the home category
@@ -58,10 +61,12 @@ SEASON_CORRELATION = 0.5  # between last season's quality of a trend item and th
 
 SHARPNESS = 12.0  # purchases ~ softmax(SHARPNESS * appeal), over shown and hidden items
 HOME_BONUS = 1.0  # for series shoppers, on the appeal of their home category's items
-ORDER_NOISE = 15.0  # in item numbers, of which a category has about 62: ALMOST in order
+# Series purchases are sorted by item number plus noise of this standard deviation. A
+# category has about 62 numbers, so that the order is almost kept.
+ORDER_NOISE = 15.0
 
 FEED_TASTE = 5.0  # the feed's own weight on taste, next to an item's popularity
-POPULARITY_SPREAD = 0.5
+POPULARITY_SPREAD = 0.5  # standard deviation of what the feed favours for no reason
 HIDING = 10.0  # what the feed subtracts from hidden niche items at bias 1
 SHOWN_NICHE = 0.1  # share of niche items that the feed does not hide
 
@@ -199,9 +204,9 @@ def make_qualities(
     """
     spread = np.array([QUALITY_SPREAD[kind] for kind in catalogue.kind])
     last_season = spread * rng.normal(size=ITEMS)
-    news = spread * rng.normal(size=ITEMS)
+    fresh = spread * rng.normal(size=ITEMS)
     kept = SEASON_CORRELATION * last_season
-    changed = kept + np.sqrt(1 - SEASON_CORRELATION**2) * news
+    changed = kept + np.sqrt(1 - SEASON_CORRELATION**2) * fresh
     this_season = np.where(catalogue.kind == "trend", changed, last_season)
     return last_season, this_season
 
@@ -247,13 +252,13 @@ def click_probability(appeal: np.ndarray) -> np.ndarray:
 def simulated_clicks_and_dwell(
     truth: Truth, items: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The simulated A/B: what test users would do with these lists, by the truth.
+    """The simulated A/B of the study: what test users would do with lists, by the truth.
 
     items (N, K), -1 for a hallucination, which nobody clicks. Returns the probability of a
     click and the expected seconds (N, K): a click is worth 60 s times the appeal.
     """
     liking = np.einsum("nkd,nd->nk", truth.embedding[items], truth.test_taste)
-    appeal = liking + truth.quality[items]
+    appeal = liking + truth.quality[items]  # of a hallucination: of some item, not used
     clicks = np.where(items < 0, 0.0, click_probability(appeal))
     dwell = clicks * 60 * np.maximum(appeal, 0)
     return clicks, dwell
@@ -343,25 +348,30 @@ def make_shop(
 
 
 def load_shop(path: str | Path) -> Shop:
-    """A shop from an .npz file of your own; every array is of whole numbers from 0.
+    """A shop from an .npz file of your own, whose arrays hold whole numbers from 0.
 
-    tokens (items, L)                        the semantic ID of every item, all different
-    {pretrain, posttrain, validation, test}_history (N, H), _target (N,)   item numbers
-    {pretrain, posttrain, validation, test}_kind (N,), kinds (K,)   optional: index, names
-    feed_history (M, H), shown (M, S)        item numbers; no post-training target in them
-    clicked (M, S)                           bool, or 0 and 1
+    tokens (items, L)        the semantic ID of every item, all different
+    NAME_history (N, H)      item numbers; NAME is pretrain, posttrain, validation, test
+    NAME_target (N,)         item numbers
+    NAME_kind (N,)           optional: index into kinds, for the tables
+    kinds (K,)               optional: names
+    feed_history (M, H)      item numbers, for the ranker
+    shown (M, S)             item numbers; not the purchases that are post-trained on
+    clicked (M, S)           bool, or 0 and 1
 
-    Short histories can be filled with an item that nobody buys. ValueError names the array
-    that is missing or wrong, before any work is done.
+    Short histories can be filled with an item of its own that nobody buys. ValueError names
+    the array that is missing or wrong, before any work is done.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
-        raise ValueError(f"cannot read {path} as .npz: {error}") from error
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, EOFError, BadZipFile, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no .npz file of plain arrays") from error
 
     def take(name: str, dimensions: int, below: int | None = None) -> np.ndarray:
-        """The array of this name, checked: `dimensions`, whole numbers in 0..below-1."""
+        """The array of this name, if it has so many axes and whole numbers in range."""
         if name not in arrays:
             raise ValueError(f"{name} is missing")
         array = arrays[name]
@@ -382,10 +392,11 @@ def load_shop(path: str | Path) -> Shop:
             raise ValueError(f"{name} holds {array.max()}, but must stay below {below}")
         return array
 
-    def same(name: str, size: int, other: str, other_size: int) -> None:
+    def require_same(name: str, size: int, other: str, other_size: int) -> None:
         if size != other_size:
             raise ValueError(f"{name} has size {size}, but {other} has {other_size}")
 
+    # The policy reads an ID as one number of 64 bits, in base max + 1.
     tokens = take("tokens", 2)
     items, length = tokens.shape
     if len(np.unique(tokens, axis=0)) < items:
@@ -400,23 +411,25 @@ def load_shop(path: str | Path) -> Shop:
         kinds = tuple(str(name) for name in np.atleast_1d(arrays["kinds"]))
 
     splits = {}
-    for split in ("pretrain", "posttrain", "validation", "test"):
-        history = take(f"{split}_history", 2, below=items)
-        target = take(f"{split}_target", 1, below=items)
-        same(f"{split}_target", len(target), f"{split}_history", len(history))
+    for name in ("pretrain", "posttrain", "validation", "test"):
+        history = take(f"{name}_history", 2, below=items)
+        target = take(f"{name}_target", 1, below=items)
+        require_same(f"{name}_target", len(target), f"{name}_history", len(history))
         kind = np.zeros(len(target), dtype=np.int64)
-        if kinds and f"{split}_kind" in arrays:
-            kind = take(f"{split}_kind", 1, below=len(kinds))
-            same(f"{split}_kind", len(kind), f"{split}_target", len(target))
-        splits[split] = Split(history, target, kind)
-    width = splits["pretrain"].history.shape[1]
+        if kinds and f"{name}_kind" in arrays:
+            kind = take(f"{name}_kind", 1, below=len(kinds))
+            require_same(f"{name}_kind", len(kind), f"{name}_target", len(target))
+        splits[name] = Split(history, target, kind)
+
+    length = splits["pretrain"].history.shape[1]
     for name, split in splits.items():
-        same(f"axis 1 of {name}_history", split.history.shape[1], "pretrain's", width)
+        given = split.history.shape[1]
+        require_same(f"axis 1 of {name}_history", given, "pretrain_history", length)
 
     feed_history = take("feed_history", 2, below=items)
     shown = take("shown", 2, below=items)
     clicked = take("clicked", 2, below=2)
-    same("feed_history", len(feed_history), "shown", len(shown))
+    require_same("feed_history", len(feed_history), "shown", len(shown))
     if clicked.shape != shown.shape:
         raise ValueError(f"clicked is {clicked.shape}, but shown is {shown.shape}")
     return Shop(
