@@ -723,7 +723,7 @@ def cells_picture(file: Path, study: Study) -> None:
 
 def frontier_picture(file: Path, study: Study) -> None:
     """HR@10 is nll's mean plus the paired gain, with the interval of the gain."""
-    arms = ["nll", *MIXES, *WEIGHTS, EQUAL_COMPUTE, *EQUAL_DOSE]
+    arms = ["nll", *MIXES, *WEIGHTS, *EQUAL_DOSE]
     arms += [RANDOM, SPREAD, LEVEL, ORACLE]
     hits = {}
     invalid = {}
