@@ -4,34 +4,34 @@
 A policy, a small GPT, writes the semantic ID of the item that a shopper buys next: L tokens,
 from the coarse category to the single item. A ranker, a click model, scores what it wrote.
 The ranker is right about some samples and wrong about others, because it learned only from
-what an old feed showed. AdaGRPO trains EVERY sample with supervised NLL and admits the GRPO
+what a feed chose to show. AdaGRPO trains EVERY sample with supervised NLL and admits the GRPO
 term sample by sample: only where the policy finds the sample hard AND the ranker puts the
 true item above what the policy wrote instead.
 
-A sample is one shopper (a user): a history x, and a target y, the item that was bought next.
-r is the ranker's score of an item: the reward. An ID that names no item is a hallucination;
-its reward is 0.
+A sample is one shopper (a user): a history x, and a target y, the true item, which was bought
+next. An ID that names no item is a hallucination. r is the reward of an ID: the ranker's score
+of the item, or 0 for a hallucination.
 
-  (1) rollouts          a group of G items o_1 .. o_G that the policy writes for x,
-                        likeliest first
+  (1) rollouts          a group of G IDs o_1 .. o_G that the policy writes for x, likeliest
+                        first; some may be hallucinations
   (2) difficulty        d = share of the group that stands ahead of y; 1 if y is not in it
-  (3) discriminability  m = r(y) - mean r over the negatives: all items in the group but y,
-                        without hallucinations; undefined (then g = 0) if there are none
+  (3) discriminability  m = r(y) - mean r over the negatives, the IDs in the group that name
+                        an item other than y; undefined (then g = 0) if there are none
   (4) gate              g = 1 if d >= min_difficulty and m >= min_discriminability, else 0
-  (5) advantages        A_i = (r(o_i) - mean r) / std r over the whole group, with y and
-                        with hallucinations; exactly 0 if all r are equal
+  (5) advantages        A_i = (r(o_i) - mean r) / std r over the whole group; exactly 0 if
+                        all r are equal
   (6) GRPO              -mean over i of min(ratio_i A_i, clip(ratio_i) A_i), where ratio_i is
                         policy(o_i | x) over its value at the time of the rollout
   (7) loss              mean over samples of NLL + weight * g * GRPO; NLL = -log policy(y | x)
 
-The program pre-trains a policy on old purchases and a ranker on the clicks of the feed. Then
+The program pre-trains a policy on last season's purchases and a ranker on the feed's clicks. Then
 it post-trains copies of the policy by several rules, the arms (NLL alone, fixed mixtures, half
 a gate, AdaGRPO), and compares them. The file reads from the top: policy, ranker, rollout, the
-method (gate, advantages, losses), the training loop, evaluation. What follows `evaluate` only
-prints tables and starts the program.
+method (gate, advantages, losses), the training loop, evaluation. All that follows prints
+tables and starts the program.
 
 By default the group is not drawn at random: it holds the G likeliest items, found by beam
-search. The GRPO term then compares these items with each other; it is no unbiased estimate
+search. The GRPO term then compares these items with each other; it is not an unbiased estimate
 of the policy gradient. `--decode sample` draws the group instead.
 
 What is left out, and why:
@@ -81,9 +81,10 @@ class Config:
 
     seed: int = 0  # of the shop, the initial weights, and all random draws
 
-    # the ranker's training and the policy's pre-training (see there for the rest)
+    # the ranker's training and the policy's pre-training; their learning rates and batch
+    # sizes are in `train_ranker` and `pretrain`
     bias: float = 1.0  # how strongly the toy shop's feed hides and favours items
-    negatives: int = 2  # random items that the ranker sees as "not clicked", per slate
+    negatives: int = 2  # random items "not clicked", beside what a user was shown
     ranker_epochs: int = 3
     pretrain_epochs: int = 4
 
@@ -94,7 +95,7 @@ class Config:
     lr: float = 1e-3
     group: int = 32  # rollouts per sample (G)
     decode: str = "beam"  # how they are made: "beam" or "sample"
-    weight: float = 5.0  # of the GRPO term; the NLL has weight 1
+    weight: float = 5.0  # of GRPO where it is admitted; the NLL has weight 1
     min_difficulty: float = 0.3  # of 32 beams: the target is not among the first ten
     min_discriminability: float = 0.01  # in the unit of the reward, a click probability
 
@@ -130,7 +131,7 @@ class Attention(nn.Module):
             k = torch.cat([past_k, k], dim=2)
             v = torch.cat([past_v, v], dim=2)
 
-        # Without a mask (and then without a past) each token sees itself and those before.
+        # No mask means no past either: each token sees itself and those before it.
         is_sequence = mask is None
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=is_sequence
@@ -208,7 +209,7 @@ class Policy(nn.Module):
     def forward_with_cache(
         self,
         tokens: Tensor,  # (B, N)
-        position: Tensor,  # (N,), or one number where all N tokens stand
+        position: Tensor,  # (N,), or one number: branches of a rollout stand side by side
         cache: list | None = None,  # of an earlier call
         mask: Tensor | None = None,  # (B, N, keys) bool, needed with a cache
     ) -> tuple[Tensor, list]:
@@ -240,10 +241,9 @@ class Policy(nn.Module):
         """Semantic IDs (..., L) -> item numbers (...), -1 for a hallucination."""
         number = (tokens * self.digit_weights).sum(-1)
         index = torch.searchsorted(self.sorted_numbers, number)
-        index = index.clamp(
-            max=len(self.sorted_numbers) - 1
-        )  # a larger number has none
 
+        # Past the last number there is no item: the comparison says so.
+        index = index.clamp(max=len(self.sorted_numbers) - 1)
         exists = self.sorted_numbers[index] == number
         return torch.where(exists, self.sorted_items[index], -1)
 
@@ -290,7 +290,7 @@ def fit(
 def pretrain(shop: Shop, config: Config) -> Policy:
     """A policy trained by next-token NLL on last season's sequences of purchases."""
     torch.manual_seed(config.seed)
-    split = shop.pretrain
+    split = shop.pretrain  # history (N, H) and target (N,), item numbers
     history_length = split.history.shape[1]
     policy = Policy(shop.tokens, history_length)
 
@@ -356,9 +356,9 @@ def train_ranker(shop: Shop, config: Config) -> Ranker:
     torch.manual_seed(config.seed)
     items = len(shop.tokens)
     ranker = Ranker(items)
-    history = torch.as_tensor(shop.feed_history)
-    shown = torch.as_tensor(shop.shown)
-    clicked = torch.as_tensor(shop.clicked).float()
+    history = torch.as_tensor(shop.feed_history)  # (M, H)
+    shown = torch.as_tensor(shop.shown)  # (M, S)
+    clicked = torch.as_tensor(shop.clicked).float()  # (M, S)
 
     def loss_of(rows: Tensor) -> Tensor:
         random_items = torch.randint(items, (len(rows), config.negatives))
@@ -415,7 +415,7 @@ def rollout(
     row = torch.arange(B)[:, None]  # x[row, parent] picks branches of each sample
 
     # At first there is one branch, the root: it has written nothing and sees the prompt.
-    # Later there are Q branches.
+    # Q, the number of branches, is 1 now, and G (or fewer, early in a beam) later.
     next_logp, cache = policy.forward_with_cache(prompt, torch.arange(T))
     next_logp = next_logp[:, -1:]  # (B, Q, V): what may follow each branch
     total = torch.zeros(B, 1)  # (B, Q): log-probability of what each has written
@@ -423,8 +423,7 @@ def rollout(
     mask = torch.ones(B, 1, T, dtype=torch.bool)  # (B, Q, tokens in the cache)
 
     for level in range(L):
-        # Which branches grow, and by which token: (B, G) both, or fewer than G at first.
-        # The choice has no gradient.
+        # Which branches grow, and by which token, (B, G) both. The choice has no gradient.
         with torch.no_grad():
             if decode == "beam":
                 parent, token = beam(total, next_logp, group)
@@ -461,10 +460,13 @@ def beam(total: Tensor, next_logp: Tensor, group: int) -> tuple[Tensor, Tensor]:
 
 
 def draw(next_logp: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """Random continuations, G from the root, later one from each branch; as `beam`."""
+    """Random continuations: G from the root, later one from each branch.
+
+    Returns the same two tensors as `beam`.
+    """
     B, Q = next_logp.shape[:2]
     probability = next_logp.exp()
-    if Q == 1:  # only the root is alone: a group has at least two branches
+    if Q == 1:  # only at the root, because G >= 2
         token = torch.multinomial(probability[:, 0], group, replacement=True)
         parent = torch.zeros_like(token)
     else:
@@ -498,16 +500,15 @@ def adagrpo_gate(
     """Eq. (2)-(4): admit GRPO where the policy finds it hard and the ranker is clear.
 
     The G columns are sorted, likeliest first: the difficulty counts those before the first
-    hit. If yours have no order, sort each row with its misses first; the difficulty is then
-    the share of misses.
+    hit. A sample is not admitted if its discriminability is undefined: it has no valid
+    negative, or a score that it needs, or their sum, is not finite. Thresholds are compared
+    with >=, without a tolerance for rounding. There is no gradient.
 
-    A sample whose discriminability is undefined is not admitted: it has no valid negative,
-    or a score that it needs (the target's, a valid negative's) is not finite, or the sum
-    overflows. A value on its threshold passes, up to rounding. There is no gradient.
-
-    To copy the gate, take `Gate`, this function and the four helpers at the end of this
-    section; they need torch and math. Scores may be probabilities or logits, in tensors,
-    arrays or lists. Raises TypeError or ValueError that names the argument.
+    To copy the gate, take `Gate`, this function, and from the end of this section
+    `to_tensor`, `to_reals`, `to_mask` and `check_group`; they need torch and math. Scores may
+    be probabilities or logits, in tensors, arrays or lists. If your columns have no order,
+    put the rollouts that are no hit first: the difficulty is then their share. Raises
+    TypeError or ValueError that names the argument.
 
     Source: the two diagnostics and the 0/1 gate are the paper's (abstract), these formulas
     are ours.
@@ -565,10 +566,10 @@ def group_advantages(rewards: Tensor) -> Tensor:
     lowest = rewards.amin(1, keepdim=True)  # (B, 1), nan if there is a nan
     highest = rewards.amax(1, keepdim=True)
     spread = highest - lowest
-    size = torch.maximum(lowest.abs(), highest.abs())
-    rounding = (
-        4 * torch.finfo(rewards.dtype).eps * size
-    )  # a few units in the last place
+
+    # Flat up to rounding: within four units in the last place of the largest reward.
+    largest = torch.maximum(lowest.abs(), highest.abs())
+    rounding = 4 * torch.finfo(rewards.dtype).eps * largest
     has_spread = (spread > rounding) & spread.isfinite()  # False for nan
 
     # Shift and scale do not change eq. (5), and between 0 and 1 no sum overflows or drowns
@@ -590,8 +591,8 @@ def grpo_loss(
     With one update per rollout old_logp is logp.detach(). Every ratio is then 1 and the
     loss is -mean(A) = 0; its gradient, -mean(A_i * grad logp_i), is not.
 
-    If a ratio is not finite, the loss of its sample is nan, but its gradient is 0 and not
-    nan: `adagrpo_loss` can drop that sample, if it is not admitted, without a trace.
+    If a ratio is not finite, the loss of its sample is nan, but no nan goes back: that
+    rollout gets gradient 0. So `adagrpo_loss` can drop the sample without a trace.
     Computed in float32 or better. Raises TypeError or ValueError. Source: GRPO without its
     KL term, and with one ratio per item.
     """
@@ -602,7 +603,7 @@ def grpo_loss(
 
     log_ratio = logp - old_logp  # (B, G)
     is_usable = log_ratio.detach().exp().isfinite()
-    # Mask before exp() too: the gradient of exp(nan) is nan, even times 0.
+    # Masked twice, here and below: the gradient of exp(nan) would be nan, even times 0.
     ratio = torch.where(is_usable, log_ratio, 0.0).exp()
 
     unclipped = ratio * advantages
@@ -651,7 +652,7 @@ def to_tensor(name: str, value: object, shape: tuple | None) -> Tensor:
 
 
 def to_reals(name: str, value: object, shape: tuple | None = None) -> Tensor:
-    """Numbers of any real type -> float64 if they are that, else float32."""
+    """Numbers of any real type: float64 stays float64, all else becomes float32."""
     tensor = to_tensor(name, value, shape)
     if tensor.is_complex():
         raise TypeError(f"{name} must hold real numbers, got {tensor.dtype}")
@@ -729,15 +730,14 @@ def roll_out_and_score(
 Rule = Callable[[Scored], Tensor]
 
 
-def every_sample(scored: Scored) -> Tensor:
-    return torch.ones_like(scored.gate.admit)
-
-
 RULES: dict[str, Rule | None] = {
     "nll": None,
-    "mix": every_sample,  # no gate: a fixed mixture of NLL and GRPO
-    "difficulty": lambda scored: scored.gate.hard,  # half of the gate
-    "discriminability": lambda scored: scored.gate.clear,  # the other half
+    # no gate: a fixed mixture of NLL and GRPO
+    "mix": lambda scored: torch.ones_like(scored.gate.admit),
+    # the two halves of the gate
+    "difficulty": lambda scored: scored.gate.hard,
+    "discriminability": lambda scored: scored.gate.clear,
+    # the gate
     "adagrpo": lambda scored: scored.gate.admit,
 }
 
@@ -772,14 +772,14 @@ def post_train(
             loss = nll.mean()
             recent.append({"nll": loss.detach()})
         else:
-            # GRPO joins where the rule wants it.
+            # GRPO joins where the rule admits it.
             scored = roll_out_and_score(policy, ranker, history, target, config)
-            chosen = rule(scored)  # (B,)
+            admitted = rule(scored)  # (B,)
             advantages = group_advantages(scored.rewards)  # (B, G)  eq. (5)
             old_logp = scored.logp.detach()  # one update per rollout
             grpo = grpo_loss(scored.logp, old_logp, advantages)  # (B,)  eq. (6)
-            loss = adagrpo_loss(nll, grpo, chosen, weight)  # eq. (7)
-            recent.append(training_figures(nll, scored, chosen))
+            loss = adagrpo_loss(nll, grpo, admitted, weight)  # eq. (7)
+            recent.append(training_figures(nll, scored, admitted))
 
         optimizer.zero_grad()
         loss.backward()
@@ -795,8 +795,10 @@ def post_train(
             started = time.perf_counter()
 
 
-def training_figures(nll: Tensor, scored: Scored, chosen: Tensor) -> dict[str, Tensor]:
-    """What to watch in training; scalars."""
+def training_figures(
+    nll: Tensor, scored: Scored, admitted: Tensor
+) -> dict[str, Tensor]:
+    """What to watch in training; scalars. The shares add up to 1 for the rule adagrpo."""
     is_easy = ~scored.gate.hard
     is_unclear = scored.gate.hard & ~scored.gate.clear
     return {
@@ -804,7 +806,7 @@ def training_figures(nll: Tensor, scored: Scored, chosen: Tensor) -> dict[str, T
         "reward": scored.rewards.mean(),  # over all rollouts
         "easy": is_easy.float().mean(),
         "unclear": is_unclear.float().mean(),  # hard, but not clear
-        "admitted": chosen.float().mean(),  # by the arm's rule
+        "admitted": admitted.float().mean(),  # by the arm's rule
     }
 
 
@@ -831,7 +833,7 @@ def training_line(label: str, step: int, recent: list[dict], speed: float) -> st
 # --------------------------------------------------------------------------- evaluation
 
 BEAMS = 32  # group size when arms are compared, whatever it was in training
-RERANKED = 64  # likeliest items that the ranker may put in another order, see `rerank`
+RERANKED = 64  # likeliest items that `rerank` puts into the ranker's order
 
 
 def user_batches(split: Split, label: str | None) -> Iterator[tuple[Tensor, Tensor]]:
@@ -890,6 +892,7 @@ def evaluate(
 
         negative = scored.valid & ~scored.hit
         is_beaten = negative & (scored.rewards < target_reward)  # (B, G)
+        auc_in_group = is_beaten.sum(1) / negative.sum(1)  # nan without a negative
 
         metrics = {
             "hr@5": hit[:, :5].amax(1),
@@ -898,8 +901,7 @@ def evaluate(
             "ndcg@10": (hit[:, :10] * discount).amax(1),
             "hallucination": (top < 0).float().mean(1),
             "auc": is_below.float().mean(1),
-            "auc in group": is_beaten.sum(1)
-            / negative.sum(1),  # nan without a negative
+            "auc in group": auc_in_group,
             "top 10": top,
         }
         batches.append(metrics | scored.gate._asdict())
@@ -912,13 +914,13 @@ def rerank(
 ) -> dict[str, np.ndarray]:
     """Has the ranker anything to teach?
 
-    The policy's 64 likeliest items are put into the ranker's order, and the first ten of
-    either order count. Returns (N,) of 0 and 1: "hr@10" (policy) and "reranked" (ranker).
+    The policy's RERANKED likeliest items are put into the ranker's order. Returns HR@10 of
+    both orders, (N,) of 0 and 1: "hr@10" (the policy's) and "reranked" (the ranker's).
     """
     batches = []
     for history, target in user_batches(split, label):
         tokens, _ = rollout(policy, policy.prompt(history), RERANKED, "beam")
-        items = policy.items_of(tokens)  # (B, 64)
+        items = policy.items_of(tokens)  # (B, RERANKED)
         scores = ranker.click_probability(history, items.clamp(min=0))
         rewards = with_floor(scores, items >= 0)
 
@@ -944,7 +946,7 @@ def by_kind(split: Split, kinds: tuple[str, ...]) -> dict[str, np.ndarray]:
 
 
 def by_verdict(before: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Masks (N,): what the gate said of each user before post-training."""
+    """Masks (N,): what the gate says of each user before post-training."""
     hard = before["hard"]
     clear = before["clear"]
     return {
@@ -976,7 +978,10 @@ def column_width(title: str) -> int:
 
 
 def print_premise(shop: Shop, policy: Policy, ranker: Ranker, config: Config) -> None:
-    """What can be known before any post-training: could the ranker teach, and whom?"""
+    """What can be known before any post-training: could the ranker teach, and whom?
+
+    The premise of the method is that it knows something that the policy does not.
+    """
     # The group is that of training: thresholds are chosen from what the gate will see.
     validation = thinned(shop.validation, 3000)
     metrics = evaluate(policy, ranker, validation, config, label="premise")
@@ -995,9 +1000,9 @@ def print_premise_by_kind(
     metrics: dict[str, np.ndarray],
     orders: dict[str, np.ndarray],
 ) -> None:
-    print("\nBefore post-training (validation users, percent).")
+    print(f"\nBefore post-training, percent of {len(split.target)} validation users.")
     print(
-        f"re-ranked: HR@10 of the policy's {RERANKED} likeliest items in the ranker's order."
+        f"re-ranked: HR@10 after the ranker has ordered the {RERANKED} likeliest items."
     )
     print("Where that is not higher than HR@10, the ranker has little to teach.")
     columns = {
@@ -1020,22 +1025,23 @@ def print_premise_by_kind(
         print(line)
 
 
+LEAK_WARNING = """\
+  WARNING: a leak? The feed that the ranker learned from may hold the post-training
+  targets. The gate would trust what the ranker has memorised."""
+
+
 def print_leak_check(
     posttrain_metrics: dict[str, np.ndarray], metrics: dict[str, np.ndarray]
 ) -> None:
     """If the feed held the post-training targets, the ranker would score them better."""
     print("\nThe ranker (percent)  post-training users  validation users")
     for name in ("auc", "clear"):
-        a = posttrain_metrics[name]
-        b = metrics[name]
-        print(f"  {name:<20}{100 * a.mean():>19.1f}{100 * b.mean():>18.1f}")
-        if is_clearly_higher(a, b):
-            print(
-                "  WARNING: a leak? The feed that the ranker learned from may hold the"
-            )
-            print(
-                "  post-training targets. The gate would trust what it has memorised."
-            )
+        trained = posttrain_metrics[name]
+        unseen = metrics[name]
+        line = f"  {name:<20}{100 * trained.mean():>19.1f}"
+        print(line + f"{100 * unseen.mean():>18.1f}")
+        if is_clearly_higher(trained, unseen):
+            print(LEAK_WARNING)
 
 
 def is_clearly_higher(a: np.ndarray, b: np.ndarray) -> bool:
@@ -1062,16 +1068,17 @@ def print_examples(
     before: dict[str, np.ndarray],
     config: Config,
 ) -> None:
-    """What the gate saw: a test user whom it admits, an easy one, and an unclear one."""
+    """What the gate sees: a test user whom it admits, an easy one, and an unclear one."""
     verdicts = {
         "admitted": before["admit"],
         "refused, easy": ~before["hard"],
         "refused, not clear": before["hard"] & ~before["clear"],
     }
-    print("\nWhat the gate saw: the five likeliest of the group, for three test users")
+    print("\nWhat the gate sees: the five likeliest of the group, for three test users")
     kinds = by_kind(shop.test, shop.kinds)
     for verdict, has_verdict in verdicts.items():
-        # The first user with this verdict, of the kind that gets it most often.
+        # The first user with this verdict, of the kind that gets it most often ("all" only
+        # if there are no kinds).
         shares = {}
         for kind, mask in kinds.items():
             if mask.any():
@@ -1087,7 +1094,7 @@ def print_examples(
 def print_group(
     split: Split, user: int, policy: Policy, ranker: Ranker, config: Config
 ) -> None:
-    """The group of one user, as the gate saw it."""
+    """The group of one user, as the gate sees it."""
     history = torch.as_tensor(split.history[user : user + 1])
     target = torch.as_tensor(split.target[user : user + 1])
     scored = roll_out_and_score(policy, ranker, history, target, config)
@@ -1162,6 +1169,8 @@ def print_results(
 
 # ------------------------------------------------------------------------------- command
 
+# The gated arms have weight 5 for some of the samples: adagrpo for about a quarter, a dose of
+# 1.3. The mixtures have their weight for all samples.
 ARMS = ["nll", "mix-0.3", "mix-1", "difficulty", "discriminability", "adagrpo"]
 
 
@@ -1177,11 +1186,11 @@ def parse_arm(arm: str, config: Config) -> tuple[str, float]:
 
 
 def within(lowest: float, highest: float) -> Callable[[str], float]:
-    """A type for argparse: a number in a range, whole if the range is given in whole ones."""
-    kind = type(lowest)
+    """A type for argparse: a number in a range, an int if the bounds are."""
+    int_or_float = type(lowest)
 
     def parse(text: str) -> float:
-        value = kind(text)
+        value = int_or_float(text)
         if not lowest <= value <= highest:
             message = f"must be from {lowest} to {highest}, got {text}"
             raise argparse.ArgumentTypeError(message)
@@ -1202,26 +1211,30 @@ def command_line(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--arms", nargs="+", default=ARMS, help="RULE or RULE-WEIGHT, as in mix-0.3")
+    add("--arms", nargs="+", default=ARMS, help="RULE or RULE-WEIGHT; first: the base")
     add("--jobs", type=within(1, 1000), help="processes; without it, by the cores")
     devices = ("auto", "cpu", "cuda", "mps")
-    add("--device", choices=devices, default="auto", help="of torch")
+    add("--device", choices=devices, default="auto", help="auto: a GPU if there is one")
     add("--quick", action="store_true", help="a tiny shop; its figures mean nothing")
     add("--data", help="an .npz file of your own in place of the toy shop")
 
     # The settings: class Config holds the defaults and says more.
-    add("--seed", type=within(0, 2**31), help="of everything random")
-    add("--bias", type=within(0.0, 5.0), help="of the toy shop's feed")
-    add("--negatives", type=within(0, 100), help="random items per slate")
+    add("--seed", type=within(0, 2**31), help="seed of everything random")
+    add("--bias", type=within(0.0, 5.0), help="exposure bias of the toy shop's feed")
+    add(
+        "--negatives",
+        type=within(0, 100),
+        help="random items for the ranker, per slate",
+    )
     add("--ranker-epochs", type=within(1, 1000), help="passes over the feed")
     add("--pretrain-epochs", type=within(1, 1000), help="passes in pre-training")
-    add("--users", type=within(1, 10**6), help="of the toy shop in post-training")
+    add("--users", type=within(1, 10**6), help="users in the toy's post-training")
     add("--epochs", type=within(1, 1000), help="passes in post-training")
     add("--batch", type=within(1, 10**5), help="users per step (B)")
     add("--lr", type=within(0.0, 1.0), help="learning rate of post-training")
     add("--group", type=within(2, 1000), help="rollouts per user (G)")
     add("--decode", choices=("beam", "sample"), help="how groups are made")
-    add("--weight", type=within(0.0, 1e6), help="of GRPO, if the arm names none")
+    add("--weight", type=within(0.0, 1e6), help="weight of GRPO if the arm names none")
     add("--min-difficulty", type=within(0.0, 1.0), help="threshold of the gate")
     add("--min-discriminability", type=within(-1.0, 1.0), help="threshold of the gate")
     parser.set_defaults(**vars(Config()))
@@ -1263,12 +1276,12 @@ def open_shop(config: Config, options: argparse.Namespace) -> Shop:
             sys.exit(f"adagrpo.py: argument --data: {error}")
     sizes = {"posttrain": config.users}
     if options.quick:
-        sizes = QUICK_SIZES
+        sizes = QUICK_SIZES  # of everything, users too
     return make_shop(config.seed, config.bias, sizes)
 
 
-def for_lists(config: Config) -> Config:
-    """The settings with which lists of recommendations are judged."""
+def for_comparison(config: Config) -> Config:
+    """The settings by which arms are compared: BEAMS beams, whatever the group was."""
     return replace(config, group=BEAMS, decode="beam")
 
 
@@ -1276,9 +1289,9 @@ def test_and_validate(
     policy: Policy, ranker: Ranker, shop: Shop, config: Config, label: str | None = None
 ) -> dict[str, np.ndarray]:
     """The metrics of the test users, and "validation hr@10" of the validation users."""
-    lists = for_lists(config)
-    validation = evaluate(policy, ranker, shop.validation, lists, label)
-    metrics = evaluate(policy, ranker, shop.test, lists, label)
+    beams = for_comparison(config)
+    validation = evaluate(policy, ranker, shop.validation, beams, label)
+    metrics = evaluate(policy, ranker, shop.test, beams, label)
     return metrics | {"validation hr@10": validation["hr@10"]}
 
 
@@ -1294,12 +1307,12 @@ def run_arm(
 
 
 def call(task: tuple) -> object:
-    """(function, argument, ...) -> its result: for a `map` that passes one argument."""
+    """(function, argument, ...) -> its result. `map` hands its function one argument."""
     function, *arguments = task
     return function(*arguments)
 
 
-NO_RESULT = "--quick: a tiny shop and a short training. The figures mean nothing."
+QUICK_NOTICE = "--quick: a tiny shop and a short training. The figures mean nothing."
 ONE_SEED = "This is one seed, a first look. Repeat it with --seed 1, 2, 3, ..."
 ONE_TOY_SEED = """This is one seed, a first look: it says little. Ten seeds, with an interval
 and a verdict for every claim, are in .github/RESULTS.md."""
@@ -1313,13 +1326,13 @@ def run(
 ) -> None:
     """The whole experiment."""
     if options.quick:
-        print(NO_RESULT)
+        print(QUICK_NOTICE)
 
     tasks = [(pretrain, shop, config), (train_ranker, shop, config)]
     pretrained, ranker = side_by_side(call, tasks)
     print_premise(shop, pretrained, ranker, config)
     before = test_and_validate(pretrained, ranker, shop, config, "before post-training")
-    print_examples(shop, pretrained, ranker, before, for_lists(config))
+    print_examples(shop, pretrained, ranker, before, for_comparison(config))
 
     print(f"\nPost-training\n{training_header()}", flush=True)
     tasks = [(run_arm, arm, shop, pretrained, ranker, config) for arm in options.arms]
@@ -1330,12 +1343,12 @@ def run(
     if options.data:
         closing = ONE_SEED
     if options.quick:
-        closing = NO_RESULT
+        closing = QUICK_NOTICE
     print(f"\n{closing}")
 
 
 def start_process(device: str) -> None:
-    """Set up a process: one thread, because the tensors are tiny, and the device.
+    """Set up a process, main or worker: one thread (the tensors are tiny), the device.
 
     A worker also has to end at Ctrl-C, and when the process that started it is gone: else
     it would train on as an orphan.
@@ -1369,7 +1382,7 @@ def main(argv: list[str] | None = None) -> None:
     with ProcessPoolExecutor(options.jobs, spawn, start_process, device) as pool:
         try:
             run(config, options, shop, pool.map)
-        except BaseException:  # do not wait for what is under way
+        except BaseException:  # leaving `with` would wait for what is under way
             for process in multiprocessing.active_children():
                 process.terminate()
             raise
@@ -1378,7 +1391,9 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except BrokenPipeError:  # the reader of our output has gone, as in `... | head`
+    except BrokenPipeError:
+        # The reader of our output has gone, as in `... | head`. Python will flush it once
+        # more at the end: into nothing.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         sys.exit(130)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A toy shop whose truth is known: who likes what, what the old feed showed, what was clicked.
+"""A toy shop whose truth is known: who likes what, what the feed showed, what was clicked.
 
 A shopper has a taste, an item has a place in the same space, and both meet in one number:
 
@@ -7,19 +7,21 @@ A shopper has a taste, an item has a place in the same space, and both meet in o
 
 People buy items of high appeal, and click them where the feed shows them. So two logs come
 out, as in a real shop. Purchases: the policy learns from them. Slates of the feed with their
-clicks: only the ranker sees them. Nobody adds noise to a score: the bias is in what the
-feed does NOT show. Shoppers are of three kinds, recognisable from their history:
+clicks: only the ranker sees them. No noise is added to a score: the ranker errs because of
+what the feed does NOT show (and because people look less far down a slate). Shoppers are of three kinds, recognisable from their history:
 
   trend   The quality of their items changes with the season. The policy was pre-trained on
           LAST season's purchases, the slates are from this season. The policy is unsure
           and the ranker knows: listen to it.
-  series  They buy almost in order, like volumes or refills. The policy reads the order;
-          the ranker sees a bag of items and cannot. The policy finds these shoppers easy:
+  series  They buy roughly in order, like volumes or refills: neighbours often swap, but the
+          last is one of the highest. The policy reads the order; the ranker sees a bag of
+          items and cannot. The policy finds these shoppers easy:
           leave them alone.
-  niche   The feed hides nine tenths of their items. Of these the ranker sees nothing but
-          the random items that it is told were not clicked. The other tenth is shown and
-          gets all the clicks: the ranker prefers those few, the popular distractors, to
-          what niche shoppers really buy. Do not listen.
+  niche   The feed hides nine tenths of their items. The ranker meets a hidden item only
+          where it is drawn as a random "not clicked" one, and learns that nobody clicks
+          it. The other tenth is shown and gets all the clicks, so that the ranker puts
+          these few popular distractors above what niche shoppers really buy. Do not
+          listen.
 
 Purchases of this season are scarce and slates are plentiful: 1,200 shoppers to post-train
 on, 200,000 slates. Three passes over the 1,200 exhaust them: plain NLL gains nothing from a
@@ -48,9 +50,9 @@ KINDS = ("trend", "series", "niche")
 CATEGORY_KIND = ["niche"] * 3 + ["series"] * 3 + ["trend"] * 10  # 10 of 16 are trend
 
 TASTE_DIM = 8  # tastes and items are vectors of length 1 in this many dimensions
-NICHE_DISTANCE = (
-    2.5  # first number of a centre, + niche, - others, before its length is 1
-)
+# First number of a category's centre before its length is made 1: plus this for niche, minus
+# this for the others, so that niche lies far from the rest.
+NICHE_DISTANCE = 2.5
 SUBCATEGORY_SPREAD = 0.3  # of sub-categories around their category's centre
 ITEM_SPREAD = 0.2  # of items around the middle of their sub-category
 TASTE_SPREAD = 0.2  # of tastes around the centre of the home category
@@ -61,13 +63,14 @@ SEASON_CORRELATION = 0.5  # between last season's quality of a trend item and th
 
 SHARPNESS = 12.0  # purchases ~ softmax(SHARPNESS * appeal), over shown and hidden items
 HOME_BONUS = 1.0  # for series shoppers, on the appeal of their home category's items
-# Series purchases are sorted by item number plus noise of this standard deviation. A
-# category has about 62 numbers, so that the order is almost kept.
+# Series purchases are sorted by item number plus noise of this standard deviation; a category
+# has about 62 numbers.
 ORDER_NOISE = 15.0
 
-FEED_TASTE = 5.0  # the feed's own weight on taste, next to an item's popularity
-POPULARITY_SPREAD = 0.5  # standard deviation of what the feed favours for no reason
-HIDING = 10.0  # what the feed subtracts from hidden niche items at bias 1
+# The feed shows ~ softmax(FEED_TASTE * taste . embedding + popularity).
+FEED_TASTE = 5.0
+POPULARITY_SPREAD = 0.5  # what the feed favours for no reason: standard deviation
+HIDING = 10.0  # subtracted from the popularity of hidden niche items, at bias 1
 SHOWN_NICHE = 0.1  # share of niche items that the feed does not hide
 
 CLICK_SLOPE = 10.0  # P(click) = sigmoid(CLICK_SLOPE * (appeal - CLICK_CENTRE))
@@ -166,8 +169,9 @@ def make_catalogue(rng: np.random.Generator) -> Catalogue:
     """Categories have a centre, their sub-categories lie around it, and items around those."""
     centre = rng.normal(size=(CATEGORIES, TASTE_DIM))
     for category in range(CATEGORIES):
-        is_niche = CATEGORY_KIND[category] == "niche"
-        centre[category, 0] = NICHE_DISTANCE if is_niche else -NICHE_DISTANCE
+        centre[category, 0] = -NICHE_DISTANCE
+        if CATEGORY_KIND[category] == "niche":
+            centre[category, 0] = NICHE_DISTANCE
     centre = to_length_one(centre)
 
     # 1000 items do not divide by 128 sub-categories: the first ones get one more.
@@ -233,9 +237,10 @@ def make_shoppers(
         bought.append(chosen)
     bought = np.concatenate(bought)
 
-    # Series shoppers buy almost in the order of the item numbers. The target, bought last,
-    # is likely to have one of the highest.
-    position = bought + rng.normal(0, ORDER_NOISE, size=bought.shape)
+    # Series shoppers buy roughly in the order of the item numbers, so that the target, bought
+    # last, is likely to be one of the highest. The others keep the order of the draws.
+    noise = rng.normal(0, ORDER_NOISE, size=bought.shape)
+    position = bought + noise
     in_order = np.take_along_axis(bought, position.argsort(axis=1), axis=1)
     bought = np.where(is_series[:, None], in_order, bought)
 
@@ -249,21 +254,6 @@ def click_probability(appeal: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-CLICK_SLOPE * (appeal - CLICK_CENTRE)))
 
 
-def simulated_clicks_and_dwell(
-    truth: Truth, items: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """The simulated A/B of the study: what test users would do with lists, by the truth.
-
-    items (N, K), -1 for a hallucination, which nobody clicks. Returns the probability of a
-    click and the expected seconds (N, K): a click is worth 60 s times the appeal.
-    """
-    liking = np.einsum("nkd,nd->nk", truth.embedding[items], truth.test_taste)
-    appeal = liking + truth.quality[items]  # of a hallucination: of some item, not used
-    clicks = np.where(items < 0, 0.0, click_probability(appeal))
-    dwell = clicks * 60 * np.maximum(appeal, 0)
-    return clicks, dwell
-
-
 def show_feed(
     rng: np.random.Generator,
     bias: float,
@@ -271,7 +261,7 @@ def show_feed(
     catalogue: Catalogue,
     quality: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The old feed: slates for shoppers with these tastes (M, D), and what they clicked."""
+    """The feed: slates for shoppers with these tastes (M, D), and what they clicked."""
     popularity = POPULARITY_SPREAD * rng.normal(size=ITEMS)
     is_niche = catalogue.kind == "niche"
     is_hidden = is_niche & (rng.random(ITEMS) >= SHOWN_NICHE)
@@ -323,7 +313,9 @@ def make_shop(
     splits = {}
     tastes = {}
     for name, size in sizes.items():
-        quality = last_season if name == "pretrain" else this_season
+        quality = this_season
+        if name == "pretrain":
+            quality = last_season
         split, taste = make_shoppers(rng[name], size, catalogue, quality)
         splits[name] = split
         tastes[name] = taste
@@ -344,11 +336,26 @@ def make_shop(
     )
 
 
+def simulated_clicks_and_dwell(
+    truth: Truth, items: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """What test users would do with lists of items, by the truth: a simulated A/B test.
+
+    Only the study in .github uses it. items (N, K), -1 for a hallucination, which nobody clicks. Returns the probability of a
+    click and the expected seconds (N, K): a click is worth 60 s times the appeal.
+    """
+    liking = np.einsum("nkd,nd->nk", truth.embedding[items], truth.test_taste)
+    appeal = liking + truth.quality[items]  # of a hallucination: of some item, not used
+    clicks = np.where(items < 0, 0.0, click_probability(appeal))
+    dwell = clicks * 60 * np.maximum(appeal, 0)
+    return clicks, dwell
+
+
 # -------------------------------------------------------------------------- your own data
 
 
 def load_shop(path: str | Path) -> Shop:
-    """A shop from an .npz file of your own, whose arrays hold whole numbers from 0.
+    """A shop from an .npz file of your own. All numbers are whole and start at 0.
 
     tokens (items, L)        the semantic ID of every item, all different
     NAME_history (N, H)      item numbers; NAME is pretrain, posttrain, validation, test
@@ -359,8 +366,8 @@ def load_shop(path: str | Path) -> Shop:
     shown (M, S)             item numbers; not the purchases that are post-trained on
     clicked (M, S)           bool, or 0 and 1
 
-    Short histories can be filled with an item of its own that nobody buys. ValueError names
-    the array that is missing or wrong, before any work is done.
+    To fill short histories, add a dummy item to `tokens` that is never a target. ValueError
+    names the array that is missing or wrong, before any work is done.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -396,15 +403,13 @@ def load_shop(path: str | Path) -> Shop:
         if size != other_size:
             raise ValueError(f"{name} has size {size}, but {other} has {other_size}")
 
-    # The policy reads an ID as one number of 64 bits, in base max + 1.
+    # Policy.items_of reads an ID as one number of 64 bits, in base max + 1.
     tokens = take("tokens", 2)
-    items, length = tokens.shape
+    items, codes = tokens.shape
     if len(np.unique(tokens, axis=0)) < items:
         raise ValueError("tokens: two items have the same semantic ID")
-    if (int(tokens.max()) + 1) ** length >= 2**63:
-        raise ValueError(
-            f"tokens: IDs of {length} codes up to {tokens.max()} are too long"
-        )
+    if (int(tokens.max()) + 1) ** codes >= 2**63:
+        raise ValueError(f"tokens: {codes} codes up to {tokens.max()} are too long")
 
     kinds = ()
     if "kinds" in arrays:
@@ -421,10 +426,11 @@ def load_shop(path: str | Path) -> Shop:
             require_same(f"{name}_kind", len(kind), f"{name}_target", len(target))
         splits[name] = Split(history, target, kind)
 
-    length = splits["pretrain"].history.shape[1]
+    history_length = splits["pretrain"].history.shape[1]
     for name, split in splits.items():
         given = split.history.shape[1]
-        require_same(f"axis 1 of {name}_history", given, "pretrain_history", length)
+        array = f"axis 1 of {name}_history"
+        require_same(array, given, "pretrain_history", history_length)
 
     feed_history = take("feed_history", 2, below=items)
     shown = take("shown", 2, below=items)

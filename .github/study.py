@@ -218,8 +218,8 @@ def post_trained(
 def run_seed(config: Config, is_quick: bool, arms: list[str], out: Path) -> None:
     """Run the arms of one seed and save a record after each."""
     shop, start, ranker = prepare(config, is_quick)
-    lists = adagrpo.for_lists(config)
-    before = adagrpo.evaluate(start, ranker, shop.test, lists)
+    beams = adagrpo.for_comparison(config)
+    before = adagrpo.evaluate(start, ranker, shop.test, beams)
     masks = adagrpo.by_kind(shop.test, shop.kinds) | adagrpo.by_verdict(before)
 
     for arm in arms:
@@ -228,8 +228,8 @@ def run_seed(config: Config, is_quick: bool, arms: list[str], out: Path) -> None
             summary = str(figures["cosine"])
         else:
             policy, training = post_trained(arm, shop, start, ranker, config)
-            test = adagrpo.evaluate(policy, ranker, shop.test, lists)
-            validation = adagrpo.evaluate(policy, ranker, shop.validation, lists)
+            test = adagrpo.evaluate(policy, ranker, shop.test, beams)
+            validation = adagrpo.evaluate(policy, ranker, shop.validation, beams)
             figures = figures_of(shop, test, masks)
             figures["validation"] = {"hr@10": 100 * float(validation["hr@10"].mean())}
             if training:
