@@ -728,8 +728,6 @@ def roll_out_and_score(
 # An arm is a rule and a weight of the GRPO term. The rule says which samples of a batch get
 # that term, (B,) bool. NLL alone has no rule: it needs no rollouts.
 Rule = Callable[[Scored], Tensor]
-
-
 RULES: dict[str, Rule | None] = {
     "nll": None,
     # no gate: a fixed mixture of NLL and GRPO
@@ -1398,4 +1396,4 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenProcessPool:
-        sys.exit("adagrpo.py: a process has died; no memory left? Try --jobs 1.")
+        sys.exit("adagrpo.py: a process died or could not start. Try --jobs 1.")
