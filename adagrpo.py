@@ -60,7 +60,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -268,17 +268,23 @@ def make_optimizer(
     return optimizer, scheduler
 
 
+def progress(steps: Sequence, label: str | None) -> Iterable:
+    """The same, under a progress bar if it has a label and there is a terminal."""
+    if label is None:
+        return steps
+    return tqdm(steps, label, leave=False, disable=None)
+
+
 def fit(
     model: nn.Module,
     lr: float,
     batches: tuple[Tensor, ...],
     loss_of: Callable[[Tensor], Tensor],  # row numbers of a batch -> loss
-    label: str,
+    label: str | None,  # of a progress bar
 ) -> None:
     """Plain supervised training, for the policy's pre-training and for the ranker."""
     optimizer, scheduler = make_optimizer(model, lr, len(batches))
-    # disable=None: a progress bar on a terminal, nothing in a file.
-    for rows in tqdm(batches, label, leave=False, disable=None):
+    for rows in progress(batches, label):
         loss = loss_of(rows)
         optimizer.zero_grad()
         loss.backward()
@@ -370,7 +376,10 @@ def train_ranker(shop: Shop, config: Config) -> Ranker:
         return F.binary_cross_entropy_with_logits(logits, labels)
 
     batches = shuffled_batches(len(shown), 512, config.ranker_epochs)
-    fit(ranker, 6e-3, batches, loss_of, "ranker")
+    label = "ranker"
+    if multiprocessing.parent_process() is not None:
+        label = None  # the pre-training runs beside it and has the screen
+    fit(ranker, 6e-3, batches, loss_of, label)
     return ranker
 
 
@@ -836,11 +845,8 @@ RERANKED = 64  # likeliest items that `rerank` puts into the ranker's order
 
 def user_batches(split: Split, label: str | None) -> Iterator[tuple[Tensor, Tensor]]:
     """History (B, H) and target (B,) of all users, under a progress bar if it has a label."""
-    users = len(split.target)
-    starts = range(0, users, 128)
-    if label is not None:
-        starts = tqdm(starts, label, leave=False, disable=None)
-    for start in starts:
+    starts = range(0, len(split.target), 128)
+    for start in progress(starts, label):
         rows = slice(start, start + 128)
         yield torch.as_tensor(split.history[rows]), torch.as_tensor(split.target[rows])
 
@@ -1294,7 +1300,7 @@ def test_and_validate(
 
 
 def run_arm(
-    arm: str, shop: Shop, pretrained: Policy, ranker: Ranker, config: Config
+    shop: Shop, arm: str, pretrained: Policy, ranker: Ranker, config: Config
 ) -> dict[str, np.ndarray]:
     """Post-train a copy of the policy by one arm -> its metrics."""
     rule_name, weight = parse_arm(arm, config)
@@ -1304,10 +1310,15 @@ def run_arm(
     return test_and_validate(policy, ranker, shop, config)
 
 
+# A worker gets the shop once, when it starts: large tasks would keep a program that was
+# stopped from ending.
+shared: dict[str, Shop] = {}
+
+
 def call(task: tuple) -> object:
-    """(function, argument, ...) -> its result. `map` hands its function one argument."""
+    """(function, argument, ...) -> function(shop, argument, ...). `map` passes one thing."""
     function, *arguments = task
-    return function(*arguments)
+    return function(shared["shop"], *arguments)
 
 
 QUICK_NOTICE = "--quick: a tiny shop and a short training. The figures mean nothing."
@@ -1326,14 +1337,15 @@ def run(
     if options.quick:
         print(QUICK_NOTICE)
 
-    tasks = [(pretrain, shop, config), (train_ranker, shop, config)]
-    pretrained, ranker = side_by_side(call, tasks)
+    pretrained, ranker = side_by_side(
+        call, [(pretrain, config), (train_ranker, config)]
+    )
     print_premise(shop, pretrained, ranker, config)
     before = test_and_validate(pretrained, ranker, shop, config, "before post-training")
     print_examples(shop, pretrained, ranker, before, for_comparison(config))
 
     print(f"\nPost-training\n{training_header()}", flush=True)
-    tasks = [(run_arm, arm, shop, pretrained, ranker, config) for arm in options.arms]
+    tasks = [(run_arm, arm, pretrained, ranker, config) for arm in options.arms]
     metrics = list(side_by_side(call, tasks))
     print_results(shop, before, dict(zip(options.arms, metrics, strict=True)))
 
@@ -1345,15 +1357,18 @@ def run(
     print(f"\n{closing}")
 
 
-def start_process(device: str) -> None:
-    """Set up a process, main or worker: one thread (the tensors are tiny), the device.
+def start_process(device: str, shop: Shop | None = None) -> None:
+    """Set up a process, main or worker: one thread (the tensors are tiny), device, shop.
 
     A worker also has to end at Ctrl-C, and when the process that started it is gone: else
     it would train on as an orphan.
     """
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own would outlive a process that is stopped
     if device != "cpu":
         torch.set_default_device(device)
+    if shop is not None:
+        shared["shop"] = shop
 
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -1369,15 +1384,15 @@ def start_process(device: str) -> None:
 def main(argv: list[str] | None = None) -> None:
     """The command `python adagrpo.py`. In a notebook: main(["--jobs", "1"])."""
     config, options = command_line(argv)
-    start_process(options.device)
     shop = open_shop(config, options)
+    setup = (options.device, shop)
+    start_process(*setup)
     if options.jobs == 1:
         run(config, options, shop, map)
         return
 
     spawn = multiprocessing.get_context("spawn")  # torch does not like to be forked
-    device = (options.device,)
-    with ProcessPoolExecutor(options.jobs, spawn, start_process, device) as pool:
+    with ProcessPoolExecutor(options.jobs, spawn, start_process, setup) as pool:
         try:
             run(config, options, shop, pool.map)
         except BaseException:  # leaving `with` would wait for what is under way
