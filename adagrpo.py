@@ -56,6 +56,7 @@ import copy
 import math
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -600,8 +601,8 @@ def grpo_loss(
     With one update per rollout old_logp is logp.detach(). Every ratio is then 1 and the
     loss is -mean(A) = 0; its gradient, -mean(A_i * grad logp_i), is not.
 
-    If a ratio is not finite, the loss of its sample is nan, but no nan goes back: that
-    rollout gets gradient 0. So `adagrpo_loss` can drop the sample without a trace.
+    If a ratio or advantage is not finite, the loss of its sample is nan, but no nan goes
+    back: that rollout gets gradient 0. So `adagrpo_loss` can drop the sample without a trace.
     Computed in float32 or better. Raises TypeError or ValueError. Source: GRPO without its
     KL term, and with one ratio per item.
     """
@@ -611,9 +612,10 @@ def grpo_loss(
     advantages = to_reals("advantages", advantages, (B, G))
 
     log_ratio = logp - old_logp  # (B, G)
-    is_usable = log_ratio.detach().exp().isfinite()
+    is_usable = log_ratio.detach().exp().isfinite() & advantages.isfinite()
     # Masked twice, here and below: the gradient of exp(nan) would be nan, even times 0.
     ratio = torch.where(is_usable, log_ratio, 0.0).exp()
+    advantages = torch.where(is_usable, advantages, 0.0)
 
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - clip, 1 + clip) * advantages
@@ -1180,10 +1182,13 @@ ARMS = ["nll", "mix-0.3", "mix-1", "difficulty", "discriminability", "adagrpo"]
 
 def parse_arm(arm: str, config: Config) -> tuple[str, float]:
     """RULE or RULE-WEIGHT -> name of the rule and weight. ValueError if it is neither."""
-    rule_name, dash, weight = arm.partition("-")
-    if not dash:
-        weight = config.weight
-    weight = float(weight)
+    rule_name, dash, text = arm.partition("-")
+    weight = config.weight
+    if dash:
+        try:
+            weight = float(text)
+        except ValueError:
+            weight = math.nan
     if rule_name not in RULES or not 0 <= weight < math.inf:
         raise ValueError(f"{arm} is no RULE or RULE-WEIGHT of {', '.join(RULES)}")
     return rule_name, weight
@@ -1300,7 +1305,7 @@ def test_and_validate(
 
 
 def run_arm(
-    shop: Shop, arm: str, pretrained: Policy, ranker: Ranker, config: Config
+    shop: Shop, pretrained: Policy, ranker: Ranker, arm: str, config: Config
 ) -> dict[str, np.ndarray]:
     """Post-train a copy of the policy by one arm -> its metrics."""
     rule_name, weight = parse_arm(arm, config)
@@ -1310,43 +1315,26 @@ def run_arm(
     return test_and_validate(policy, ranker, shop, config)
 
 
-# A worker gets the shop once, when it starts: large tasks would keep a program that was
-# stopped from ending.
-shared: dict[str, Shop] = {}
-
-
-def call(task: tuple) -> object:
-    """(function, argument, ...) -> function(shop, argument, ...). `map` passes one thing."""
-    function, *arguments = task
-    return function(shared["shop"], *arguments)
-
-
 QUICK_NOTICE = "--quick: a tiny shop and a short training. The figures mean nothing."
 ONE_SEED = "This is one seed, a first look. Repeat it with --seed 1, 2, 3, ..."
 ONE_TOY_SEED = """This is one seed, a first look: it says little. Ten seeds, with an interval
 and a verdict for every claim, are in .github/RESULTS.md."""
 
 
-def run(
-    config: Config,
-    options: argparse.Namespace,
-    shop: Shop,
-    side_by_side: Callable[..., Iterable],  # `map`, or the map of a pool of processes
-) -> None:
+def run(config: Config, options: argparse.Namespace, shop: Shop) -> None:
     """The whole experiment."""
     if options.quick:
         print(QUICK_NOTICE)
 
-    pretrained, ranker = side_by_side(
-        call, [(pretrain, config), (train_ranker, config)]
-    )
+    tasks = [(pretrain, config), (train_ranker, config)]
+    pretrained, ranker = side_by_side(options, [shop], tasks)
     print_premise(shop, pretrained, ranker, config)
     before = test_and_validate(pretrained, ranker, shop, config, "before post-training")
     print_examples(shop, pretrained, ranker, before, for_comparison(config))
 
     print(f"\nPost-training\n{training_header()}", flush=True)
-    tasks = [(run_arm, arm, pretrained, ranker, config) for arm in options.arms]
-    metrics = list(side_by_side(call, tasks))
+    tasks = [(run_arm, arm, config) for arm in options.arms]
+    metrics = side_by_side(options, [shop, pretrained, ranker], tasks)
     print_results(shop, before, dict(zip(options.arms, metrics, strict=True)))
 
     closing = ONE_TOY_SEED
@@ -1357,8 +1345,38 @@ def run(
     print(f"\n{closing}")
 
 
-def start_process(device: str, shop: Shop | None = None) -> None:
-    """Set up a process, main or worker: one thread (the tensors are tiny), device, shop.
+def side_by_side(options: argparse.Namespace, common: list, tasks: list[tuple]) -> list:
+    """The results of tasks (function, argument, ...), in processes if there are several.
+
+    Every function gets the `common` arguments first. A process is given these when it
+    starts, so that tasks are small: large ones would keep a stopped program from ending.
+    """
+    if options.jobs == 1:
+        return [function(*common, *arguments) for function, *arguments in tasks]
+
+    spawn = multiprocessing.get_context("spawn")  # torch does not like to be forked
+    setup = (options.device, *common)
+    with ProcessPoolExecutor(options.jobs, spawn, start_process, setup) as pool:
+        try:
+            futures = [pool.submit(call, task) for task in tasks]
+            return [pickle.loads(future.result()) for future in futures]
+        except BaseException:  # leaving `with` would wait for what is under way
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+
+
+of_process = []  # the common arguments of its tasks
+
+
+def call(task: tuple) -> bytes:
+    """The result of a task, as bytes: tensors would be lost with the process."""
+    function, *arguments = task
+    return pickle.dumps(function(*of_process, *arguments))
+
+
+def start_process(device: str, *common) -> None:
+    """Set up a process, main or worker: one thread (the tensors are tiny), the device.
 
     A worker also has to end at Ctrl-C, and when the process that started it is gone: else
     it would train on as an orphan.
@@ -1367,8 +1385,7 @@ def start_process(device: str, shop: Shop | None = None) -> None:
     tqdm.set_lock(threading.RLock())  # its own would outlive a process that is stopped
     if device != "cpu":
         torch.set_default_device(device)
-    if shop is not None:
-        shared["shop"] = shop
+    of_process[:] = common
 
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -1384,21 +1401,8 @@ def start_process(device: str, shop: Shop | None = None) -> None:
 def main(argv: list[str] | None = None) -> None:
     """The command `python adagrpo.py`. In a notebook: main(["--jobs", "1"])."""
     config, options = command_line(argv)
-    shop = open_shop(config, options)
-    setup = (options.device, shop)
-    start_process(*setup)
-    if options.jobs == 1:
-        run(config, options, shop, map)
-        return
-
-    spawn = multiprocessing.get_context("spawn")  # torch does not like to be forked
-    with ProcessPoolExecutor(options.jobs, spawn, start_process, setup) as pool:
-        try:
-            run(config, options, shop, pool.map)
-        except BaseException:  # leaving `with` would wait for what is under way
-            for process in multiprocessing.active_children():
-                process.terminate()
-            raise
+    start_process(options.device)
+    run(config, options, open_shop(config, options))
 
 
 if __name__ == "__main__":
