@@ -571,7 +571,9 @@ def group_advantages(rewards: Tensor) -> Tensor:
     care for flat groups is ours.
     """
     rewards = to_reals("rewards", rewards).detach()
-    check_group("rewards", rewards)
+    B, _ = check_group("rewards", rewards)
+    if B == 0:
+        return rewards
 
     lowest = rewards.amin(1, keepdim=True)  # (B, 1), nan if there is a nan
     highest = rewards.amax(1, keepdim=True)
@@ -651,15 +653,16 @@ def adagrpo_loss(nll: Tensor, grpo: Tensor, admit: Tensor, weight: float) -> Ten
 
 def to_tensor(name: str, value: object, shape: tuple | None) -> Tensor:
     """A tensor, array or list -> tensor, of this shape if one is given."""
-    try:
-        tensor = torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        given = type(value).__name__
-        raise TypeError(f"{name} must be a tensor or array, got {given}") from error
-    if shape is not None and tensor.shape != shape:
-        given = tuple(tensor.shape)
+    if not isinstance(value, Tensor):
+        try:
+            value = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            given = type(value).__name__
+            raise TypeError(f"{name} must be a tensor or array, got {given}") from error
+    if shape is not None and value.shape != shape:
+        given = tuple(value.shape)
         raise ValueError(f"{name} must have shape {shape}, got {given}")
-    return tensor
+    return value
 
 
 def to_reals(name: str, value: object, shape: tuple | None = None) -> Tensor:
