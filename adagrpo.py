@@ -1,49 +1,52 @@
 # SPDX-License-Identifier: MIT
-"""AdaGRPO in one file: reinforcement learning from a ranker that is not right everywhere.
+"""AdaGRPO in one file: reinforcement learning from a ranker that is not always right.
 
-A policy, a small GPT, writes the semantic ID of the item that a shopper buys next: L tokens,
-from the coarse category to the single item. A ranker, a click model, scores what it wrote.
-The ranker is right about some samples and wrong about others, because it learned only from
-what a feed chose to show. AdaGRPO trains EVERY sample with supervised NLL and admits the GRPO
-term sample by sample: only where the policy finds the sample hard AND the ranker puts the
-true item above what the policy wrote instead.
+A policy, a small GPT, writes the semantic ID of the item that a shopper buys next: L
+tokens, from the coarse category to the single item. A ranker, a click model, scores
+what it wrote. The ranker is right about some samples and wrong about others, because it
+learned only from what a feed chose to show. AdaGRPO trains EVERY sample with supervised
+NLL and admits the GRPO term sample by sample: only where the policy finds the sample
+hard AND the ranker puts the true item above the average of what the policy wrote
+instead.
 
-A sample is one shopper (a user): a history x, and a target y, the true item, which was bought
-next. An ID that names no item is a hallucination. r is the reward of an ID: the ranker's score
-of the item, or 0 for a hallucination.
+A sample is one shopper (a user): a history x, and a target y, the true item, which was
+bought next. An ID that names no item is a hallucination. r is the reward of an ID: the
+ranker's score of the item, or 0 for a hallucination.
 
-  (1) rollouts          a group of G IDs o_1 .. o_G that the policy writes for x, likeliest
-                        first; some may be hallucinations
-  (2) difficulty        d = share of the group that stands ahead of y; 1 if y is not in it
-  (3) discriminability  m = r(y) - mean r over the negatives, the IDs in the group that name
-                        an item other than y; undefined (then g = 0) if there are none
-  (4) gate              g = 1 if d >= min_difficulty and m >= min_discriminability, else 0
-  (5) advantages        A_i = (r(o_i) - mean r) / std r over the whole group; exactly 0 if
-                        all r are equal
-  (6) GRPO              -mean over i of min(ratio_i A_i, clip(ratio_i) A_i), where ratio_i is
+  (1) rollouts          a group of G IDs o_1 .. o_G that the policy writes for x,
+                        likeliest first; some may be hallucinations
+  (2) difficulty        d = share of the group that stands ahead of y; 1 if y is absent
+  (3) discriminability  m = r(y) - mean r over the negatives, the IDs in the group that
+                        name an item other than y; undefined (then g = 0) without any
+  (4) gate              g = 1 if d >= min_difficulty and m >= min_discriminability,
+                        else 0
+  (5) advantages        A_i = (r(o_i) - mean r) / std r over the whole group; exactly 0
+                        if all r are equal
+  (6) GRPO              -mean over i of min(ratio_i A_i, clip(ratio_i) A_i); ratio_i is
                         policy(o_i | x) over its value at the time of the rollout
-  (7) loss              mean over samples of NLL + weight * g * GRPO; NLL = -log policy(y | x)
+  (7) loss              mean over samples of NLL + weight * g * GRPO, where
+                        NLL = -log policy(y | x)
 
-The program pre-trains a policy on last season's purchases and a ranker on the feed's clicks. Then
-it post-trains copies of the policy by several rules, the arms (NLL alone, fixed mixtures, half
-a gate, AdaGRPO), and compares them. The file reads from the top: policy, ranker, rollout, the
-method (gate, advantages, losses), the training loop, evaluation. All that follows prints
-tables and starts the program.
+The program pre-trains a policy on last season's purchases and a ranker on the feed's
+clicks. Then it post-trains copies of the policy by several rules, the arms (NLL alone,
+fixed mixtures, half a gate, AdaGRPO), and compares them. The file reads from the top:
+policy, ranker, rollout, the method (gate, advantages, losses), the training loop,
+evaluation. All that follows prints tables and starts the program.
 
-By default the group is not drawn at random: it holds the G likeliest items, found by beam
-search. The GRPO term then compares these items with each other; it is not an unbiased estimate
-of the policy gradient. `--decode sample` draws the group instead.
+By default the group is not drawn at random: it holds the G likeliest items, found by
+beam search. The GRPO term then compares these items with each other; it is not an
+unbiased estimate of the policy gradient. `--decode sample` draws the group instead.
 
 What is left out, and why:
   - a KL term: the NLL is the anchor;
-  - several updates per rollout: with a single one every ratio is 1, so that clipping never
+  - several updates per rollout: with a single one every ratio is 1 and clipping never
     acts; the gradient of the ratio is not 0, and that is all that GRPO needs;
   - constrained decoding: it would hide hallucinations;
   - distributed training: the models are tiny.
 
-Shapes: B samples, G rollouts in each group, L tokens per item, V tokens in the vocabulary,
-T = H * L tokens in the prompt (a history of H items). No tensor names its device: torch's
-default device is set when the program starts.
+Shapes: B samples, G rollouts in each group, L tokens per item, V tokens in the
+vocabulary, T = H * L tokens in the prompt (a history of H items). No tensor names its
+device: torch's default device is set when the program starts.
 
 Paper: Xu, Qi, Zou et al., "Adaptive Loss Balancing for Noise-Robust GRPO in Generative
 Recommendation", arXiv 2606.08480 (2026). Only its abstract was available: the idea is
@@ -82,8 +85,8 @@ class Config:
 
     seed: int = 0  # of the shop, the initial weights, and all random draws
 
-    # the ranker's training and the policy's pre-training; their learning rates and batch
-    # sizes are in `train_ranker` and `pretrain`
+    # the ranker's training and the policy's pre-training; their learning rates and
+    # batch sizes are in `train_ranker` and `pretrain`
     bias: float = 1.0  # how strongly the toy shop's feed hides and favours items
     negatives: int = 2  # random items "not clicked", beside what a user was shown
     ranker_epochs: int = 3
@@ -105,7 +108,7 @@ class Config:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention that can also look at keys and values of earlier calls."""
+    """Multi-head self-attention, also to keys and values of earlier calls."""
 
     def __init__(self, width: int, heads: int = 4):
         super().__init__()
@@ -168,11 +171,10 @@ class Block(nn.Module):
 class Policy(nn.Module):
     """A small GPT over the tokens of semantic IDs.
 
-    Nothing stops it from writing an ID that names no item. `item_tokens` (items, L) are the
-    IDs of the catalogue, `history_length` is H; the sizes follow from these. One vocabulary
-    serves all L levels of an ID; in the toy shop each level has tokens of its own.
-    ValueError if two items have the same ID.
-    """
+    Nothing stops it from writing an ID that names no item. `item_tokens` (items, L) are
+    the IDs of the catalogue, `history_length` is H; the sizes follow from these. One
+    vocabulary serves all L levels of an ID; in the toy shop each level has tokens of
+    its own. ValueError if two items have the same ID."""
 
     def __init__(self, item_tokens: np.ndarray, history_length: int, width: int = 64):
         super().__init__()
@@ -191,8 +193,8 @@ class Policy(nn.Module):
             if parameter.ndim == 2:
                 nn.init.normal_(parameter, std=0.02)
 
-        # To find the item of an ID: read the ID as a number in base V, and look the number
-        # up in the sorted numbers of the catalogue.
+        # To find the item of an ID: read the ID as a number in base V, and look the
+        # number up in the sorted numbers of the catalogue.
         item_tokens = torch.as_tensor(item_tokens)
         digit_weights = V ** torch.arange(L - 1, -1, -1)  # (L,)
         numbers, items = (item_tokens * digit_weights).sum(-1).sort()
@@ -202,7 +204,7 @@ class Policy(nn.Module):
         self.register_buffer("sorted_items", items)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens (B, N) -> log-probabilities of the token after each of them (B, N, V)."""
+        """tokens (B, N) -> log-probabilities of what follows each of them (B, N, V)."""
         position = torch.arange(tokens.shape[1])
         next_logp, _ = self.forward_with_cache(tokens, position)
         return next_logp
@@ -210,15 +212,15 @@ class Policy(nn.Module):
     def forward_with_cache(
         self,
         tokens: Tensor,  # (B, N)
-        position: Tensor,  # (N,), or one number: branches of a rollout stand side by side
+        position: Tensor,  # (N,), or one number if all N tokens are for the same place
         cache: list | None = None,  # of an earlier call
         mask: Tensor | None = None,  # (B, N, keys) bool, needed with a cache
     ) -> tuple[Tensor, list]:
         """As `forward`, but the tokens also see those of an earlier call.
 
-        Without a mask the tokens are a causal sequence. With one, the mask alone says what
-        each token sees. Returns log-probabilities (B, N, V) and the cache for the next call.
-        """
+        Without a mask the tokens are a causal sequence. With one, the mask alone says
+        what each token sees. Returns log-probabilities (B, N, V) and the cache for the
+        next call."""
         if mask is not None:
             mask = mask[:, None]  # (B, 1, N, keys): the same for all heads
 
@@ -253,7 +255,7 @@ class Policy(nn.Module):
 
 
 def shuffled_batches(samples: int, batch: int, epochs: int) -> tuple[Tensor, ...]:
-    """Row numbers of each batch: passes in different orders (a batch may span two passes)."""
+    """Row numbers of each batch; every pass has its own order (a batch may span two)."""
     passes = [torch.randperm(samples) for _ in range(epochs)]
     return torch.cat(passes).split(batch)
 
@@ -270,7 +272,7 @@ def make_optimizer(
 
 
 def progress(steps: Sequence, label: str | None) -> Iterable:
-    """The same, under a progress bar if it has a label and there is a terminal."""
+    """The steps, under a progress bar if it has a label and there is a terminal."""
     if label is None:
         return steps
     return tqdm(steps, label, leave=False, disable=None)
@@ -320,9 +322,8 @@ def pretrain(shop: Shop, config: Config) -> Policy:
 class Ranker(nn.Module):
     """A click model: an MLP on the embeddings of user and item and on their product.
 
-    The user is the mean embedding of the history: a bag. This ranker cannot see in which
-    order things were bought.
-    """
+    The user is the mean embedding of the history: a bag. This ranker cannot see in
+    which order things were bought."""
 
     def __init__(self, items: int, width: int = 32):
         super().__init__()
@@ -339,12 +340,13 @@ class Ranker(nn.Module):
         )
 
     def forward(self, history: Tensor, items: Tensor) -> Tensor:
-        """history (B, H), items (B, K), both item numbers -> logits of a click (B, K)."""
+        """Item numbers: history (B, H), items (B, K) -> logits of a click (B, K)."""
         item = self.offered(items)  # (B, K, width)
         user = self.bought(history).mean(1, keepdim=True)  # (B, 1, width)
         user = user.expand_as(item)
 
-        # Embeddings start small, and a product of them smaller: times 10 makes up for it.
+        # Embeddings start small, and a product of them smaller: times 10 makes up for
+        # it.
         product = 10 * user * item
         features = torch.cat([user, item, product], dim=-1)
         return self.mlp(features).squeeze(-1)
@@ -355,11 +357,12 @@ class Ranker(nn.Module):
 
 
 def train_ranker(shop: Shop, config: Config) -> Ranker:
-    """A ranker trained by binary cross-entropy on the feed: what it showed, what was clicked.
+    """A ranker trained by binary cross-entropy on the feed: what it showed, what was
+    clicked.
 
-    A slate is what one shopper was shown, S items. A few random items of the catalogue join
-    it as "not clicked": they are all that the ranker learns about items that the feed hides.
-    """
+    A slate is what one shopper was shown, S items. A few random items of the catalogue
+    join it as "not clicked": they are all that the ranker learns about items that the
+    feed hides."""
     torch.manual_seed(config.seed)
     items = len(shop.tokens)
     ranker = Ranker(items)
@@ -368,6 +371,7 @@ def train_ranker(shop: Shop, config: Config) -> Ranker:
     clicked = torch.as_tensor(shop.clicked).float()  # (M, S)
 
     def loss_of(rows: Tensor) -> Tensor:
+        # A random item may be one that was clicked: rarely, and it does not matter.
         random_items = torch.randint(items, (len(rows), config.negatives))
         offered = torch.cat([shown[rows], random_items], dim=1)  # (B, S + negatives)
         not_clicked = torch.zeros(random_items.shape)
@@ -408,9 +412,9 @@ def rollout(
     prompt (B, T), decode "beam" or "sample" -> tokens (B, G, L) and log-probabilities
     (B, G), which carry the gradient. Nothing constrains the tokens.
 
-    The prompt is encoded once. Each rollout is a branch that grows by one token per level
-    and sees the prompt and its own tokens. All branches of a level go through the policy
-    side by side; a mask keeps them apart. With 3 branches, at the second level:
+    The prompt is encoded once. Each rollout is a branch that grows by one token per
+    level and sees the prompt and its own tokens. All branches of a level go through the
+    policy side by side; a mask keeps them apart. With 3 branches, at the second level:
 
                         sees:  prompt   level 1   level 2
                                x x x     a b c     d e f
@@ -424,8 +428,9 @@ def rollout(
     L = policy.item_tokens.shape[1]
     row = torch.arange(B)[:, None]  # x[row, parent] picks branches of each sample
 
-    # At first there is one branch, the root: it has written nothing and sees the prompt.
-    # Q, the number of branches, is 1 now, and G (or fewer, early in a beam) later.
+    # At first there is one branch, the root: it has written nothing and sees the
+    # prompt. Q, the number of branches, is 1 now, and G (or fewer, early in a beam)
+    # later.
     next_logp, cache = policy.forward_with_cache(prompt, torch.arange(T))
     next_logp = next_logp[:, -1:]  # (B, Q, V): what may follow each branch
     total = torch.zeros(B, 1)  # (B, Q): log-probability of what each has written
@@ -433,7 +438,8 @@ def rollout(
     mask = torch.ones(B, 1, T, dtype=torch.bool)  # (B, Q, tokens in the cache)
 
     for level in range(L):
-        # Which branches grow, and by which token, (B, G) both. The choice has no gradient.
+        # Which branches grow, and by which token, (B, G) both. The choice has no
+        # gradient.
         with torch.no_grad():
             if decode == "beam":
                 parent, token = beam(total, next_logp, group)
@@ -444,8 +450,8 @@ def rollout(
         total = total[row, parent] + next_logp[row, parent, token]  # (B, G)
         tokens = torch.cat([tokens[row, parent], token[..., None]], dim=2)
 
-        # If the items are not complete, the policy reads the new tokens. Each sees what its
-        # parent saw, and itself.
+        # If the items are not complete, the policy reads the new tokens. Each sees what
+        # its parent saw, and itself.
         if level < L - 1:
             branches = token.shape[1]
             itself = torch.eye(branches, dtype=torch.bool).expand(B, -1, -1)
@@ -509,20 +515,19 @@ def adagrpo_gate(
 ) -> Gate:
     """Eq. (2)-(4): admit GRPO where the policy finds it hard and the ranker is clear.
 
-    The G columns are sorted, likeliest first: the difficulty counts those before the first
-    hit. A sample is not admitted if its discriminability is undefined: it has no valid
-    negative, or a score that it needs, or their sum, is not finite. Thresholds are compared
-    with >=, without a tolerance for rounding. There is no gradient.
+    The G columns are sorted, likeliest first: the difficulty counts those before the
+    first hit. A sample is not admitted if its discriminability is undefined: it has no
+    valid negative, or a score that it needs, or their sum, is not finite. Thresholds
+    are compared with >=, without a tolerance for rounding. There is no gradient.
 
     To copy the gate, take `Gate`, this function, and from the end of this section
-    `to_tensor`, `to_reals`, `to_mask` and `check_group`; they need torch and math. Scores may
-    be probabilities or logits, in tensors, arrays or lists. If your columns have no order,
-    put the rollouts that are no hit first: the difficulty is then their share. Raises
-    TypeError or ValueError that names the argument.
+    `to_tensor`, `to_reals`, `to_mask` and `check_group`; they need torch and math.
+    Scores may be probabilities or logits, in tensors, arrays or lists. If your columns
+    have no order, put the rollouts that are no hit first: the difficulty is then their
+    share. Raises TypeError or ValueError that names the argument.
 
-    Source: the two diagnostics and the 0/1 gate are the paper's (abstract), these formulas
-    are ours.
-    """
+    Source: the two diagnostics and the 0/1 gate are the paper's (abstract), these
+    formulas are ours."""
     rollout_rewards = to_reals("rollout_rewards", rollout_rewards)
     B, G = check_group("rollout_rewards", rollout_rewards)
     target_reward = to_reals("target_reward", target_reward, (B,))
@@ -533,7 +538,8 @@ def adagrpo_gate(
     if not math.isfinite(min_discriminability):
         raise ValueError(f"min_discriminability must be finite: {min_discriminability}")
 
-    # hit 0 0 1 0 -> cumsum 0 0 1 1: while it is 0, rollouts stand ahead of y; here 2 of 4.
+    # hit 0 0 1 0 -> cumsum 0 0 1 1: while it is 0, rollouts stand ahead of y; here 2 of
+    # 4.
     is_ahead = hit.cumsum(1) == 0  # (B, G)
     difficulty = is_ahead.sum(1) / G  # (B,)  eq. (2)
 
@@ -553,26 +559,25 @@ def adagrpo_gate(
 def with_floor(scores: Tensor, valid: Tensor, floor: float = 0.0) -> Tensor:
     """Rewards (B, G): the ranker's score, or `floor` for a hallucination.
 
-    No reward is lower than the floor, so that a hallucination is never better than an item.
-    0 is right for probabilities; scores that can be negative (logits) need another.
-    Source: ours.
-    """
+    No reward is lower than the floor, so that a hallucination is never better than an
+    item. 0 is right for probabilities; scores that can be negative (logits) need
+    another. Source: ours."""
     return torch.where(valid, scores.clamp(min=floor), floor)
 
 
 def group_advantages(rewards: Tensor) -> Tensor:
     """Eq. (5): rewards (B, G) of any real type -> standardised in each group (B, G).
 
-    A flat group (all rewards equal, up to rounding) gets exactly 0, and so does one with a
-    reward that is not finite. The unit and the level of the rewards make no difference: a
-    small spread counts like a large one. No gradient flows. Computed in float32 or better.
+    A flat group (all rewards equal, up to rounding) gets exactly 0, and so does one
+    with a reward that is not finite. The unit and the level of the rewards make no
+    difference: a small spread counts like a large one. No gradient flows. Computed in
+    float32 or better.
 
-    Raises TypeError or ValueError. Source: GRPO, with the population standard deviation; the
-    care for flat groups is ours.
-    """
+    Raises TypeError or ValueError. Source: GRPO, with the population standard
+    deviation; the care for flat groups is ours."""
     rewards = to_reals("rewards", rewards).detach()
     B, _ = check_group("rewards", rewards)
-    if B == 0:
+    if B == 0:  # std() would warn
         return rewards
 
     lowest = rewards.amin(1, keepdim=True)  # (B, 1), nan if there is a nan
@@ -584,8 +589,8 @@ def group_advantages(rewards: Tensor) -> Tensor:
     rounding = 4 * torch.finfo(rewards.dtype).eps * largest
     has_spread = (spread > rounding) & spread.isfinite()  # False for nan
 
-    # Shift and scale do not change eq. (5), and between 0 and 1 no sum overflows or drowns
-    # in rounding. A flat group is 0 / 0 here, and set to 0 at the end.
+    # Shift and scale do not change eq. (5), and between 0 and 1 no sum overflows or
+    # drowns in rounding. A flat group is 0 / 0 here, and set to 0 at the end.
     scaled = (rewards - lowest) / spread  # (B, G)
     centred = scaled - scaled.mean(1, keepdim=True)
     advantages = centred / scaled.std(1, correction=0, keepdim=True)  # eq. (5)
@@ -597,17 +602,16 @@ def grpo_loss(
 ) -> Tensor:
     """Eq. (6): the clipped surrogate of each sample; three tensors (B, G) -> (B,).
 
-    logp and old_logp are log-probabilities of whole items: SUMS over an item's tokens. If
-    yours are of tokens, (B * G, L), sum over L and reshape to (B, G) first.
+    logp and old_logp are log-probabilities of whole items: SUMS over an item's tokens.
+    If yours are of tokens, (B * G, L), sum over L and reshape to (B, G) first.
 
     With one update per rollout old_logp is logp.detach(). Every ratio is then 1 and the
     loss is -mean(A) = 0; its gradient, -mean(A_i * grad logp_i), is not.
 
-    If a ratio or advantage is not finite, the loss of its sample is nan, but no nan goes
-    back: that rollout gets gradient 0. So `adagrpo_loss` can drop the sample without a trace.
-    Computed in float32 or better. Raises TypeError or ValueError. Source: GRPO without its
-    KL term, and with one ratio per item.
-    """
+    If a ratio or advantage is not finite, the loss of its sample is nan, but no nan
+    goes back: that rollout gets gradient 0. So `adagrpo_loss` can drop the sample
+    without a trace. Computed in float32 or better. Raises TypeError or ValueError.
+    Source: GRPO without its KL term, and with one ratio per item."""
     logp = to_reals("logp", logp)
     B, G = check_group("logp", logp)
     old_logp = to_reals("old_logp", old_logp, (B, G))
@@ -615,13 +619,16 @@ def grpo_loss(
 
     log_ratio = logp - old_logp  # (B, G)
     is_usable = log_ratio.detach().exp().isfinite() & advantages.isfinite()
-    # Masked twice, here and below: the gradient of exp(nan) would be nan, even times 0.
+    # What is not usable is replaced BEFORE exp(): a where() behind it would send back 0
+    # * nan.
     ratio = torch.where(is_usable, log_ratio, 0.0).exp()
     advantages = torch.where(is_usable, advantages, 0.0)
 
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - clip, 1 + clip) * advantages
     surrogate = torch.minimum(unclipped, clipped)
+
+    # Only now it becomes nan, in the value and not in the gradient.
     surrogate = torch.where(is_usable, surrogate, torch.nan)
     return -surrogate.mean(1)  # (B,)  eq. (6)
 
@@ -630,8 +637,8 @@ def adagrpo_loss(nll: Tensor, grpo: Tensor, admit: Tensor, weight: float) -> Ten
     """Eq. (7): nll (B,), grpo (B,), admit (B,) bool -> a scalar.
 
     The sum is divided by B and not by the number admitted, so GRPO counts with weight *
-    admission rate, its dose. NLL is a SUM over the item's L tokens; if yours is a mean over
-    tokens, divide the weight by L.
+    admission rate, its dose. NLL is a SUM over the item's L tokens; if yours is a mean
+    over tokens, divide the weight by L.
 
     A sample that is not admitted adds nothing of its GRPO term, not even a nan. Without
     samples the loss is 0. Raises TypeError or ValueError. Source: NLL for all and gated
@@ -674,7 +681,7 @@ def to_reals(name: str, value: object, shape: tuple | None = None) -> Tensor:
 
 
 def to_mask(name: str, value: object, shape: tuple) -> Tensor:
-    """A mask. 0 and 1 are refused: they could be indices or scores, passed by mistake."""
+    """A mask. 0 and 1 are refused: they could be indices or scores by mistake."""
     tensor = to_tensor(name, value, shape)
     if tensor.dtype != torch.bool:
         raise TypeError(f"{name} must be bool of shape {shape}, got {tensor.dtype}")
@@ -689,11 +696,11 @@ def check_group(name: str, tensor: Tensor) -> tuple[int, int]:
     return shape
 
 
-# ------------------------------------------------------------------------- training loop
+# ------------------------------------------------------------------------ training loop
 
 
 class Scored(NamedTuple):
-    """The group that the policy wrote for each sample, and what ranker and gate say of it."""
+    """The group that the policy wrote, and what ranker and gate say of it."""
 
     history: Tensor  # (B, H) item numbers
     tokens: Tensor  # (B, G, L) the rollouts, likeliest first
@@ -713,7 +720,7 @@ def roll_out_and_score(
     target: Tensor,  # (B,) item numbers
     config: Config,
 ) -> Scored:
-    """Eq. (1)-(4) for a batch: in training, in evaluation and for the printed examples."""
+    """Eq. (1)-(4) for a batch: in training, evaluation and the printed examples."""
     prompt = policy.prompt(history)  # (B, T)
     tokens, logp = rollout(policy, prompt, config.group, config.decode)  # eq. (1)
     items = policy.items_of(tokens)  # (B, G)
@@ -739,8 +746,8 @@ def roll_out_and_score(
     )
 
 
-# An arm is a rule and a weight of the GRPO term. The rule says which samples of a batch get
-# that term, (B,) bool. NLL alone has no rule: it needs no rollouts.
+# An arm is a rule and a weight of the GRPO term. The rule says which samples of a batch
+# get that term, (B,) bool. NLL alone has no rule: it needs no rollouts.
 Rule = Callable[[Scored], Tensor]
 RULES: dict[str, Rule | None] = {
     "nll": None,
@@ -810,7 +817,7 @@ def post_train(
 def training_figures(
     nll: Tensor, scored: Scored, admitted: Tensor
 ) -> dict[str, Tensor]:
-    """What to watch in training; scalars. The shares add up to 1 for the rule adagrpo."""
+    """What to watch in training; the shares add up to 1 for the rule adagrpo."""
     is_easy = ~scored.gate.hard
     is_unclear = scored.gate.hard & ~scored.gate.clear
     return {
@@ -849,7 +856,7 @@ RERANKED = 64  # likeliest items that `rerank` puts into the ranker's order
 
 
 def user_batches(split: Split, label: str | None) -> Iterator[tuple[Tensor, Tensor]]:
-    """History (B, H) and target (B,) of all users, under a progress bar if it has a label."""
+    """History (B, H) and target (B,) of all users, under a bar if it has a label."""
     starts = range(0, len(split.target), 128)
     for start in progress(starts, label):
         rows = slice(start, start + 128)
@@ -876,17 +883,19 @@ def evaluate(
     """Metrics of every user of a split, (N,) each; shares are in 0..1.
 
     hr@k                1 if the target is among the k likeliest rollouts, else 0
-    ndcg@10             1 / log2(1 + rank of the target); 0 if it is not among the first 10
+    ndcg@10             1 / log2(1 + rank of the target); 0 if it is not in the first 10
     hallucination       share of the 10 likeliest rollouts that name no item
-    auc                 share of 100 random items that the ranker scores below the target
-    auc in group        share of the group's negatives that it scores below the target
+    auc                 share of 100 random items that the ranker puts below the target
+    auc in group        share of the group's negatives that it puts below the target
     top 10              (N, 10) items, -1 for a hallucination
     the fields of Gate  at the thresholds in `config`
 
     The group is rolled out as `config` says. To compare arms, give it BEAMS beams.
     """
     torch.manual_seed(config.seed)  # the same random items for every policy
-    ranks = torch.arange(1, min(config.group, 10) + 1)
+    ranks = torch.arange(
+        1, min(config.group, 10) + 1
+    )  # a group may be smaller than ten
     discount = 1 / torch.log2(1 + ranks)  # of NDCG
     batches = []
     for history, target in user_batches(split, label):
@@ -923,9 +932,9 @@ def rerank(
 ) -> dict[str, np.ndarray]:
     """Has the ranker anything to teach?
 
-    The policy's RERANKED likeliest items are put into the ranker's order. Returns HR@10 of
-    both orders, (N,) of 0 and 1: "hr@10" (the policy's) and "reranked" (the ranker's).
-    """
+    The policy's RERANKED likeliest items are put into the ranker's order. Returns HR@10
+    of both orders, (N,) of 0 and 1: "hr@10" (the policy's) and "reranked" (the
+    ranker's)."""
     batches = []
     for history, target in user_batches(split, label):
         tokens, _ = rollout(policy, policy.prompt(history), RERANKED, "beam")
@@ -943,7 +952,8 @@ def rerank(
     return joined(batches)
 
 
-# ------------------------------------------------------------------------------ printing
+# ----------------------------------------------------------------------------- printing
+# From here on there are tables, and then the command line.
 
 
 def by_kind(split: Split, kinds: tuple[str, ...]) -> dict[str, np.ndarray]:
@@ -967,7 +977,7 @@ def by_verdict(before: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def mean_percent(metric: np.ndarray, mask: np.ndarray) -> float:
-    """Mean of the metric over the users in the mask, in percent; nan if there are none."""
+    """Mean of the metric over the users in the mask, in percent; nan if none."""
     values = metric[mask]
     values = values[~np.isnan(values)]
     if len(values) == 0:
@@ -989,8 +999,8 @@ def column_width(title: str) -> int:
 def print_premise(shop: Shop, policy: Policy, ranker: Ranker, config: Config) -> None:
     """What can be known before any post-training: could the ranker teach, and whom?
 
-    The premise of the method is that it knows something that the policy does not.
-    """
+    The premise of the method is that the ranker knows something that the policy does
+    not."""
     # The group is that of training: thresholds are chosen from what the gate will see.
     validation = thinned(shop.validation, 3000)
     metrics = evaluate(policy, ranker, validation, config, label="premise")
@@ -1042,7 +1052,7 @@ LEAK_WARNING = """\
 def print_leak_check(
     posttrain_metrics: dict[str, np.ndarray], metrics: dict[str, np.ndarray]
 ) -> None:
-    """If the feed held the post-training targets, the ranker would score them better."""
+    """Had the feed held the post-training targets, they would score better."""
     print("\nThe ranker (percent)  post-training users  validation users")
     for name in ("auc", "clear"):
         trained = posttrain_metrics[name]
@@ -1054,7 +1064,7 @@ def print_leak_check(
 
 
 def is_clearly_higher(a: np.ndarray, b: np.ndarray) -> bool:
-    """Is the mean share in `a` above that in `b` by 4 points and by 3 standard errors?"""
+    """Is the mean share in `a` above that in `b` by 4 points and 3 standard errors?"""
     error = np.sqrt(a.var() / len(a) + b.var() / len(b))
     return bool(a.mean() - b.mean() > max(0.04, 3 * error))
 
@@ -1077,7 +1087,7 @@ def print_examples(
     before: dict[str, np.ndarray],
     config: Config,
 ) -> None:
-    """What the gate sees: a test user whom it admits, an easy one, and an unclear one."""
+    """What the gate sees: a test user whom it admits, an easy and an unclear one."""
     verdicts = {
         "admitted": before["admit"],
         "refused, easy": ~before["hard"],
@@ -1086,8 +1096,8 @@ def print_examples(
     print("\nWhat the gate sees: the five likeliest of the group, for three test users")
     kinds = by_kind(shop.test, shop.kinds)
     for verdict, has_verdict in verdicts.items():
-        # The first user with this verdict, of the kind that gets it most often ("all" only
-        # if there are no kinds).
+        # The first user with this verdict, of the kind that gets it most often. "all",
+        # the average of the kinds, wins only where there are none.
         shares = {}
         for kind, mask in kinds.items():
             if mask.any():
@@ -1141,7 +1151,7 @@ def print_results(
     before: dict[str, np.ndarray],
     results: dict[str, dict[str, np.ndarray]],  # by arm
 ) -> None:
-    """Two tables: the arms by metric, and by kind of shopper and verdict of the gate."""
+    """Two tables: the arms by metric, and by kind of shopper and verdict."""
     titles = ("hr@10", "hr@5", "hr@20", "ndcg@10", "hallucination", "validation hr@10")
     users = len(shop.test.target)
     print(f"\nResults on {users} test users, percent. Last column: what to tune by.")
@@ -1176,22 +1186,25 @@ def print_results(
         print(line)
 
 
-# ------------------------------------------------------------------------------- command
+# ------------------------------------------------------------------------------ command
+# Nothing from here on concerns the method.
 
-# The gated arms have weight 5 for some of the samples: adagrpo for about a quarter, a dose of
-# 1.3. The mixtures have their weight for all samples.
-ARMS = ["nll", "mix-0.3", "mix-1", "difficulty", "discriminability", "adagrpo"]
+# Arms are compared by their dose: weight times the share of samples that get the GRPO
+# term. adagrpo admits about a quarter of the training samples (fewer and fewer, as it
+# learns), so that its weight of 5 is a dose of 1.3. The halves of the gate have that
+# dose, too.
+ARMS = ["nll", "mix-0.3", "mix-1", "difficulty-2.1", "discriminability-2.6", "adagrpo"]
 
 
 def parse_arm(arm: str, config: Config) -> tuple[str, float]:
-    """RULE or RULE-WEIGHT -> name of the rule and weight. ValueError if it is neither."""
+    """RULE or RULE-WEIGHT -> name of the rule, weight. ValueError if it is neither."""
     rule_name, dash, text = arm.partition("-")
     weight = config.weight
     if dash:
         try:
             weight = float(text)
         except ValueError:
-            weight = math.nan
+            weight = math.nan  # refused below
     if rule_name not in RULES or not 0 <= weight < math.inf:
         raise ValueError(f"{arm} is no RULE or RULE-WEIGHT of {', '.join(RULES)}")
     return rule_name, weight
@@ -1280,7 +1293,7 @@ def command_line(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
 
 
 def open_shop(config: Config, options: argparse.Namespace) -> Shop:
-    """The toy shop, or the file of --data; a bad file ends the program with one line."""
+    """The toy shop, or the file of --data; a bad file ends the program with a line."""
     if options.data:
         try:
             return load_shop(options.data)
@@ -1320,8 +1333,8 @@ def run_arm(
 
 QUICK_NOTICE = "--quick: a tiny shop and a short training. The figures mean nothing."
 ONE_SEED = "This is one seed, a first look. Repeat it with --seed 1, 2, 3, ..."
-ONE_TOY_SEED = """This is one seed, a first look: it says little. Ten seeds, with an interval
-and a verdict for every claim, are in .github/RESULTS.md."""
+ONE_TOY_SEED = """This is one seed, a first look: it says little. Ten seeds, with an
+interval and a verdict for every claim, are in .github/RESULTS.md."""
 
 
 def run(config: Config, options: argparse.Namespace, shop: Shop) -> None:
@@ -1349,11 +1362,12 @@ def run(config: Config, options: argparse.Namespace, shop: Shop) -> None:
 
 
 def side_by_side(options: argparse.Namespace, common: list, tasks: list[tuple]) -> list:
-    """The results of tasks (function, argument, ...), in processes if there are several.
+    """The results of tasks (function, argument, ...), in processes if there are
+    several.
 
     Every function gets the `common` arguments first. A process is given these when it
-    starts, so that tasks are small: large ones would keep a stopped program from ending.
-    """
+    starts, so that tasks are small: a large one, half sent, would keep a program that
+    is stopped from ending."""
     if options.jobs == 1:
         return [function(*common, *arguments) for function, *arguments in tasks]
 
@@ -1369,26 +1383,25 @@ def side_by_side(options: argparse.Namespace, common: list, tasks: list[tuple]) 
             raise
 
 
-of_process = []  # the common arguments of its tasks
+common_of_process = []  # what all tasks of this process have in common
 
 
 def call(task: tuple) -> bytes:
-    """The result of a task, as bytes: tensors would be lost with the process."""
+    """The result of a task, in bytes: torch would pass tensors in this process's memory."""
     function, *arguments = task
-    return pickle.dumps(function(*of_process, *arguments))
+    return pickle.dumps(function(*common_of_process, *arguments))
 
 
 def start_process(device: str, *common) -> None:
     """Set up a process, main or worker: one thread (the tensors are tiny), the device.
 
-    A worker also has to end at Ctrl-C, and when the process that started it is gone: else
-    it would train on as an orphan.
-    """
+    A worker also has to end at Ctrl-C, and when the process that started it is gone:
+    else it would train on as an orphan."""
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # its own would outlive a process that is stopped
     if device != "cpu":
         torch.set_default_device(device)
-    of_process[:] = common
+    common_of_process[:] = common
 
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -1412,8 +1425,8 @@ if __name__ == "__main__":
     try:
         main()
     except BrokenPipeError:
-        # The reader of our output has gone, as in `... | head`. Python will flush it once
-        # more at the end: into nothing.
+        # The reader of our output has gone, as in `... | head`. Python will flush it
+        # once more at the end: into nothing.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         sys.exit(130)

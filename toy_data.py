@@ -1,34 +1,37 @@
 # SPDX-License-Identifier: MIT
-"""A toy shop whose truth is known: who likes what, what the feed showed, what was clicked.
+"""A toy shop whose truth is known: who likes what, what the feed showed, what was
+clicked.
 
-A shopper has a taste, an item has a place in the same space, and both meet in one number:
+A shopper has a taste, an item has a place in the same space, and both meet in one
+number:
 
     appeal = taste . embedding of the item + quality of the item
 
-People buy items of high appeal, and click them where the feed shows them. So two logs come
-out, as in a real shop. Purchases: the policy learns from them. Slates of the feed with their
-clicks: only the ranker sees them. No noise is added to a score: the ranker errs because of
-what the feed does NOT show (and because people look less far down a slate). Shoppers are of three kinds, recognisable from their history:
+People buy items of high appeal, and click them where the feed shows them. So two logs
+come out, as in a real shop. Purchases: the policy learns from them. Slates of the feed
+with their clicks: only the ranker sees them. No noise is added to a score: the ranker
+errs because of what the feed does NOT show (and because people look less far down a
+slate). Shoppers are of three kinds, recognisable from their history:
 
-  trend   The quality of their items changes with the season. The policy was pre-trained on
-          LAST season's purchases, the slates are from this season. The policy is unsure
-          and the ranker knows: listen to it.
-  series  They buy roughly in order, like volumes or refills: neighbours often swap, but the
-          last is one of the highest. The policy reads the order; the ranker sees a bag of
-          items and cannot. The policy finds these shoppers easy:
-          leave them alone.
+  trend   The quality of their items changes with the season. The policy was pre-trained
+          on LAST season's purchases, the slates are from this season. The policy is
+          unsure and the ranker knows: listen to it.
+  series  They buy roughly in the order of the item numbers, like volumes: neighbours
+          often swap, but the last one bought is likely to have a high number. The
+          policy reads the order; the ranker sees a bag of items and cannot. The policy
+          finds these shoppers easy: leave them alone.
   niche   The feed hides nine tenths of their items. The ranker meets a hidden item only
           where it is drawn as a random "not clicked" one, and learns that nobody clicks
           it. The other tenth is shown and gets all the clicks, so that the ranker puts
           these few popular distractors above what niche shoppers really buy. Do not
           listen.
 
-Purchases of this season are scarce and slates are plentiful: 1,200 shoppers to post-train
-on, 200,000 slates. Three passes over the 1,200 exhaust them: plain NLL gains nothing from a
-fourth. All definitions are ours.
+Purchases of this season are scarce and slates are plentiful: 1,200 shoppers to
+post-train on, 200,000 slates. Three passes over the 1,200 exhaust them: plain NLL gains
+nothing from a fourth. All definitions are ours.
 
-`make_shop` simulates the shop; `load_shop`, at the end, reads your own data in its place.
-"""
+`make_shop` simulates the shop; `load_shop`, at the end, reads your own data in its
+place."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,8 +52,8 @@ KINDS = ("trend", "series", "niche")
 CATEGORY_KIND = ["niche"] * 3 + ["series"] * 3 + ["trend"] * 10  # 10 of 16 are trend
 
 TASTE_DIM = 8  # tastes and items are vectors of length 1 in this many dimensions
-# First number of a category's centre before its length is made 1: plus this for niche, minus
-# this for the others, so that niche lies far from the rest.
+# First number of a category's centre before its length is made 1: plus this for niche,
+# minus this for the others, so that niche lies far from the rest.
 NICHE_DISTANCE = 2.5
 SUBCATEGORY_SPREAD = 0.3  # of sub-categories around their category's centre
 ITEM_SPREAD = 0.2  # of items around the middle of their sub-category
@@ -62,8 +65,8 @@ SEASON_CORRELATION = 0.5  # between last season's quality of a trend item and th
 
 SHARPNESS = 12.0  # purchases ~ softmax(SHARPNESS * appeal), over shown and hidden items
 HOME_BONUS = 1.0  # for series shoppers, on the appeal of their home category's items
-# Series purchases are sorted by item number plus noise of this standard deviation; a category
-# has about 62 numbers.
+# Series purchases are sorted by item number plus noise of this standard deviation; a
+# category has about 62 numbers.
 ORDER_NOISE = 15.0
 
 # The feed shows ~ softmax(FEED_TASTE * taste . embedding + popularity).
@@ -91,7 +94,7 @@ QUICK_SIZES = {
 }
 
 
-# ------------------------------------------------------------------ what a shop consists of
+# -------------------------------------------------------------- what a shop consists of
 
 
 @dataclass
@@ -130,7 +133,7 @@ class Shop:
 
 @dataclass
 class Catalogue:
-    """All items, numbered by ascending ID: those of a category have numbers in a row."""
+    """All items, numbered by ascending ID: a category has its numbers in a row."""
 
     tokens: np.ndarray  # (ITEMS, 3) semantic IDs
     embedding: np.ndarray  # (ITEMS, TASTE_DIM)
@@ -153,10 +156,9 @@ def draw_without_replacement(
 ) -> np.ndarray:
     """Draw k different items per row from softmax(logits), in the order of the draws.
 
-    Every item has an alarm clock that rings at a random time, after exp(-logit) on average.
-    The first k to ring are the draw: the Gumbel-top-k trick (Kool et al., 2019) without
-    its logarithm. logits (N, items) -> item numbers (N, k).
-    """
+    Every item has an alarm clock that rings at a random time, after exp(-logit) on
+    average. The first k to ring are the draw: the Gumbel-top-k trick (Kool et al.,
+    2019) without its logarithm. logits (N, items) -> item numbers (N, k)."""
     rings_at = rng.standard_exponential(logits.shape, dtype=np.float32)
     rings_at *= np.exp(-logits)
     first = np.argpartition(rings_at, k, axis=1)[:, :k]  # the k earliest, in any order
@@ -165,7 +167,7 @@ def draw_without_replacement(
 
 
 def make_catalogue(rng: np.random.Generator) -> Catalogue:
-    """Categories have a centre, their sub-categories lie around it, and items around those."""
+    """Sub-categories lie around the centre of their category, and items around those."""
     centre = rng.normal(size=(CATEGORIES, TASTE_DIM))
     for category in range(CATEGORIES):
         centre[category, 0] = -NICHE_DISTANCE
@@ -202,9 +204,8 @@ def make_qualities(
 ) -> tuple[np.ndarray, np.ndarray]:
     """How good each item is: last season and this season, (ITEMS,) each.
 
-    Only trend items change. Their new quality has correlation SEASON_CORRELATION with the
-    old one and the same variance.
-    """
+    Only trend items change. Their new quality has correlation SEASON_CORRELATION with
+    the old one and the same variance."""
     spread = np.array([QUALITY_SPREAD[kind] for kind in catalogue.kind])
     last_season = spread * rng.normal(size=ITEMS)
     fresh = spread * rng.normal(size=ITEMS)
@@ -217,7 +218,7 @@ def make_qualities(
 def make_shoppers(
     rng: np.random.Generator, users: int, catalogue: Catalogue, quality: np.ndarray
 ) -> tuple[Split, np.ndarray]:
-    """Shoppers with a home category and HISTORY + 1 purchases, and their tastes (users, D)."""
+    """Shoppers with a home category and HISTORY + 1 purchases; their tastes (users, D)."""
     home = rng.integers(CATEGORIES, size=users)
     taste = catalogue.centre[home] + rng.normal(
         0, TASTE_SPREAD, size=(users, TASTE_DIM)
@@ -236,8 +237,9 @@ def make_shoppers(
         bought.append(chosen)
     bought = np.concatenate(bought)
 
-    # Series shoppers buy roughly in the order of the item numbers, so that the target, bought
-    # last, is likely to be one of the highest. The others keep the order of the draws.
+    # Series shoppers buy roughly in the order of the item numbers, so that the target,
+    # bought last, is likely to be one of the highest. The others keep the order of the
+    # draws.
     noise = rng.normal(0, ORDER_NOISE, size=bought.shape)
     position = bought + noise
     in_order = np.take_along_axis(bought, position.argsort(axis=1), axis=1)
@@ -287,11 +289,10 @@ def make_shop(
 ) -> Shop:
     """Simulate the shop.
 
-    `bias` >= 0 scales how much popularity and hiding count in the feed: 0 shows items by
-    taste alone. `sizes` replaces numbers of shoppers in SIZES; nobody is in two splits.
-    Every split has a random stream of its own, so neither `bias` nor the size of another
-    split changes it. ValueError names what is out of range.
-    """
+    `bias` >= 0 scales how much popularity and hiding count in the feed: 0 shows items
+    by taste alone. `sizes` replaces numbers of shoppers in SIZES; nobody is in two
+    splits. Every split has a random stream of its own, so neither `bias` nor the size
+    of another split changes it. ValueError names what is out of range."""
     sizes = SIZES | (sizes or {})
     if sizes.keys() != SIZES.keys():
         raise ValueError(f"sizes must be of {', '.join(SIZES)}, got {', '.join(sizes)}")
@@ -340,17 +341,18 @@ def simulated_clicks_and_dwell(
 ) -> tuple[np.ndarray, np.ndarray]:
     """What test users would do with lists of items, by the truth: a simulated A/B test.
 
-    Only the study in .github uses it. items (N, K), -1 for a hallucination, which nobody clicks. Returns the probability of a
-    click and the expected seconds (N, K): a click is worth 60 s times the appeal.
-    """
+    Only the study in .github uses it. items (N, K), -1 for a hallucination, which
+    nobody clicks. Returns the probability of a click and the expected seconds (N, K): a
+    click is worth 60 s times the appeal."""
     liking = np.einsum("nkd,nd->nk", truth.embedding[items], truth.test_taste)
-    appeal = liking + truth.quality[items]  # of a hallucination: of some item, not used
+    appeal = liking + truth.quality[items]
+    # A hallucination, -1, has been looked up as the last item.
     clicks = np.where(items < 0, 0.0, click_probability(appeal))
     dwell = clicks * 60 * np.maximum(appeal, 0)
     return clicks, dwell
 
 
-# -------------------------------------------------------------------------- your own data
+# ------------------------------------------------------------------------ your own data
 
 
 def load_shop(path: str | Path) -> Shop:
@@ -365,9 +367,8 @@ def load_shop(path: str | Path) -> Shop:
     shown (M, S)             item numbers; not the purchases that are post-trained on
     clicked (M, S)           bool, or 0 and 1
 
-    To fill short histories, add a dummy item to `tokens` that is never a target. ValueError
-    names the array that is missing or wrong, before any work is done.
-    """
+    To fill short histories, add a dummy item to `tokens` that is never a target.
+    ValueError names the array that is missing or wrong, before any work is done."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
@@ -402,11 +403,11 @@ def load_shop(path: str | Path) -> Shop:
         if size != other_size:
             raise ValueError(f"{name} has size {size}, but {other} has {other_size}")
 
-    # Policy.items_of reads an ID as one number of 64 bits, in base max + 1.
     tokens = take("tokens", 2)
     items, codes = tokens.shape
     if len(np.unique(tokens, axis=0)) < items:
         raise ValueError("tokens: two items have the same semantic ID")
+    # Policy.items_of reads an ID as one number of 64 bits, in base max + 1.
     if (int(tokens.max()) + 1) ** codes >= 2**63:
         raise ValueError(f"tokens: {codes} codes up to {tokens.max()} are too long")
 

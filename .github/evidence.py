@@ -70,7 +70,7 @@ SHORT = ("mix-0.3", UNGATED, OURS)  # the arms of the smaller tables
 
 # The arms of kinds.svg with their colours, ours last.
 COLOURS = {"mix-0.3": "#9ecae1", UNGATED: "#3182bd"}
-COLOURS |= dict(zip(EQUAL_WEIGHT, ("#bdbdbd", "#737373"), strict=True))
+COLOURS |= dict(zip(EQUAL_DOSE, ("#bdbdbd", "#737373"), strict=True))
 COLOURS |= {OURS: "#d95f02"}
 
 KINDS = ("trend", "series", "niche")
@@ -665,8 +665,9 @@ arms as differences to it, over the seeds {seed_names(sampled.seeds())}.
 
 {arms_table(sampled)}
 
-Beams are no draws: cosine of the GRPO gradient of a group with that of 600 draws for each
-of the same 256 users, before post-training, mean over the seeds {seed_names(list(main.cosines))}.
+Beams are no draws: cosine of the GRPO gradient of a group with that of 600 draws for
+each of the same 256 users, before post-training, mean over the seeds
+{seed_names(list(main.cosines))}.
 
 {cosines_table(main)}
 
@@ -717,7 +718,7 @@ def cells_picture(file: Path, study: Study) -> None:
         if share:
             groups[cell].append(f"{np.mean(share):.0f}% of users")
     colours = {arm: COLOURS[arm] for arm in (UNGATED, OURS)}
-    title = "Where the ranker helps: users by the gate at the start"
+    title = "Gain over nll, by what the gate said before post-training"
     pictures.bars(file, title, groups, colours, gains(study, colours, groups))
 
 

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
 """What a post-training step costs, in steps of NLL alone: python .github/speed.py
 
-The arms take turns, so that a slow moment of the machine hits all of them, and the median
-turn counts. A step is everything that `post_train` does, with one thread.
-"""
+The arms take turns, so that a slow moment of the machine hits all of them, and the
+median turn counts. A step is everything that `post_train` does, with one thread."""
 
 import statistics
 import sys

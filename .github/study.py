@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: MIT
 """The study: many seeds and arms of adagrpo.py, side by side, into one file of results.
 
-    python .github/study.py --seeds 40 41 --arms nll adagrpo --jobs 2 --out runs/study.json
+    python .github/study.py --seeds 40 41 --arms nll adagrpo --jobs 2 --out
+    runs/study.json
 
-It calls the functions of adagrpo.py and copies none. Every option of adagrpo.py works here
-too and becomes part of the record's settings (--decode sample, --bias 0, ...). An arm is
-RULE, RULE-WEIGHT, RULE@PASSES or RULE-WEIGHT@PASSES, with the rules of adagrpo.py and:
+It calls the functions of adagrpo.py and copies none. Every option of adagrpo.py works
+here too and becomes part of the record's settings (--decode sample, --bias 0, ...). An
+arm is RULE, RULE-WEIGHT, RULE@PASSES or RULE-WEIGHT@PASSES, with the rules of
+adagrpo.py and:
 
   before    no post-training at all; also holds the premise, by kind of shopper
   random    as many samples of a batch as the gate admits, but others
@@ -13,14 +15,13 @@ RULE, RULE-WEIGHT, RULE@PASSES or RULE-WEIGHT@PASSES, with the rules of adagrpo.
   level     hard, and the ranker gives the target at least 0.1
   oracle    trend shoppers, by the truth
   centred   no gate, advantages without the division by std (Dr. GRPO, arXiv 2503.20783)
-  gradients trains nothing: cosines of the GRPO gradient of beams, and of draws, with that
-            of 600 draws, before post-training
+  gradients trains nothing: cosines of the GRPO gradient of beams, and of draws, with
+            that of 600 draws, before post-training
 
-The file is a list of records {seed, arm, settings, figures}; figures are {group: {metric:
-value}}, in percent (dwell in seconds). Each record is saved when its arm ends, under a
-lock, so several runs can share a file. A run that was stopped goes on where it was; after a
-change of the code take a new file. Needs Linux or macOS.
-"""
+The file is a list of records {seed, arm, settings, figures}; figures are {group:
+{metric: value}}, in percent (dwell in seconds). Each record is saved when its arm ends,
+under a lock, so several runs can share a file. A run that was stopped goes on where it
+was; after a change of the code take a new file. Needs Linux or macOS."""
 
 import argparse
 import contextlib
@@ -58,7 +59,7 @@ NOT_IN_RECORD = (
 CONTROLS = ("random", "spread", "level", "oracle", "centred")
 NO_TRAINING = ("before", "gradients")
 
-# ------------------------------------------------------------------------------ the arms
+# ----------------------------------------------------------------------------- the arms
 
 
 def rule_of(name: str, shop: Shop) -> Rule | None:
@@ -142,7 +143,7 @@ class Tally:
         }
 
 
-# ------------------------------------------------------------------------------ one seed
+# ----------------------------------------------------------------------------- one seed
 
 
 def figures_of(
@@ -247,7 +248,7 @@ def run_seed(config: Config, is_quick: bool, arms: list[str], out: Path) -> None
         print(f"seed {config.seed}  {arm:<22} {summary}", flush=True)
 
 
-# ------------------------------------------------------------------------ the results file
+# --------------------------------------------------------------------- the results file
 
 
 def settings_of(config: Config, is_quick: bool) -> dict:
@@ -266,7 +267,7 @@ def lock(path: Path) -> Iterator[None]:
 
 
 def load(path: Path) -> list[dict]:
-    """The records of a results file, [] if there is none. ValueError if it is another's."""
+    """The records of a results file, [] if there is none. ValueError if it is no such."""
     if not path.exists():
         return []
     if not path.is_file():
@@ -293,7 +294,7 @@ def save(path: Path, record: dict) -> None:
         draft.replace(path)
 
 
-# ------------------------------------------------------------------------------- gradients
+# ---------------------------------------------------------------------------- gradients
 
 
 def compare_gradients(
@@ -326,7 +327,7 @@ def compare_gradients(
     return cosines
 
 
-# --------------------------------------------------------------------------------- command
+# ------------------------------------------------------------------------------ command
 
 
 def parse(
