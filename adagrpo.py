@@ -255,7 +255,7 @@ class Policy(nn.Module):
 
 
 def shuffled_batches(samples: int, batch: int, epochs: int) -> tuple[Tensor, ...]:
-    """Row numbers of each batch; every pass has its own order (a batch may span two)."""
+    """Row numbers of each batch; every pass has an order of its own."""
     passes = [torch.randperm(samples) for _ in range(epochs)]
     return torch.cat(passes).split(batch)
 
@@ -1387,7 +1387,7 @@ common_of_process = []  # what all tasks of this process have in common
 
 
 def call(task: tuple) -> bytes:
-    """The result of a task, in bytes: torch would pass tensors in this process's memory."""
+    """The result of a task, in bytes: torch would leave tensors in this process."""
     function, *arguments = task
     return pickle.dumps(function(*common_of_process, *arguments))
 

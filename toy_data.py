@@ -167,7 +167,7 @@ def draw_without_replacement(
 
 
 def make_catalogue(rng: np.random.Generator) -> Catalogue:
-    """Sub-categories lie around the centre of their category, and items around those."""
+    """Sub-categories lie around a category's centre, and items around those."""
     centre = rng.normal(size=(CATEGORIES, TASTE_DIM))
     for category in range(CATEGORIES):
         centre[category, 0] = -NICHE_DISTANCE
@@ -218,7 +218,7 @@ def make_qualities(
 def make_shoppers(
     rng: np.random.Generator, users: int, catalogue: Catalogue, quality: np.ndarray
 ) -> tuple[Split, np.ndarray]:
-    """Shoppers with a home category and HISTORY + 1 purchases; their tastes (users, D)."""
+    """Shoppers with a home category and HISTORY + 1 purchases; tastes (users, D)."""
     home = rng.integers(CATEGORIES, size=users)
     taste = catalogue.centre[home] + rng.normal(
         0, TASTE_SPREAD, size=(users, TASTE_DIM)

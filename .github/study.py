@@ -267,7 +267,7 @@ def lock(path: Path) -> Iterator[None]:
 
 
 def load(path: Path) -> list[dict]:
-    """The records of a results file, [] if there is none. ValueError if it is no such."""
+    """The records of a results file, [] without one. ValueError if it is no such."""
     if not path.exists():
         return []
     if not path.is_file():
