@@ -562,6 +562,8 @@ def with_floor(scores: Tensor, valid: Tensor, floor: float = 0.0) -> Tensor:
     No reward is lower than the floor, so that a hallucination is never better than an
     item. 0 is right for probabilities; scores that can be negative (logits) need
     another. Source: ours."""
+    scores = to_reals("scores", scores)
+    valid = to_mask("valid", valid, tuple(scores.shape))
     return torch.where(valid, scores.clamp(min=floor), floor)
 
 
@@ -665,7 +667,8 @@ def to_tensor(name: str, value: object, shape: tuple | None) -> Tensor:
             value = torch.as_tensor(value)
         except (TypeError, ValueError, RuntimeError) as error:
             given = type(value).__name__
-            raise TypeError(f"{name} must be a tensor or array, got {given}") from error
+            message = f"{name} must be a tensor or array, got {given}: {error}"
+            raise TypeError(message) from error
     if shape is not None and value.shape != shape:
         given = tuple(value.shape)
         raise ValueError(f"{name} must have shape {shape}, got {given}")
@@ -1376,6 +1379,7 @@ def side_by_side(options: argparse.Namespace, common: list, tasks: list[tuple]) 
     with ProcessPoolExecutor(options.jobs, spawn, start_process, setup) as pool:
         try:
             futures = [pool.submit(call, task) for task in tasks]
+            pool.submit(os.getpid)  # only now the pool also watches its last process
             return [pickle.loads(future.result()) for future in futures]
         except BaseException:  # leaving `with` would wait for what is under way
             for process in multiprocessing.active_children():

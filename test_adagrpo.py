@@ -2079,11 +2079,13 @@ def wait_until_busy(process: subprocess.Popen) -> None:
 
 
 def seconds_until_all_are_gone(process: subprocess.Popen) -> float:
+    """At least 20 if something is still there."""
     started = time.monotonic()
-    process.wait(timeout=60)
-    while living(process.pid) and time.monotonic() - started < 60:
+    while living(process.pid) and time.monotonic() - started < 20:
         time.sleep(0.02)
-    return time.monotonic() - started
+    seconds = time.monotonic() - started
+    process.poll()  # for its status
+    return seconds
 
 
 def record(seed: int, arm: str, level: float, hallucination=0.0, **settings) -> dict:
@@ -2166,7 +2168,8 @@ def test_a_killed_worker_ends_the_program_with_a_line(program):
     """As by a system that has no memory left."""
     process, file = program
     kept = file.read_bytes()
-    os.kill(two_workers(process)[0].pid, signal.SIGKILL)
+    first = min(two_workers(process), key=lambda worker: worker.pid)
+    os.kill(first.pid, signal.SIGKILL)
     assert seconds_until_all_are_gone(process) < 10
     assert process.returncode == 1
     said = process.stderr.read()

@@ -17,9 +17,9 @@ slate). Shoppers are of three kinds, recognisable from their history:
           on LAST season's purchases, the slates are from this season. The policy is
           unsure and the ranker knows: listen to it.
   series  They buy roughly in the order of the item numbers, like volumes: neighbours
-          often swap, but the last one bought is likely to have a high number. The
-          policy reads the order; the ranker sees a bag of items and cannot. The policy
-          finds these shoppers easy: leave them alone.
+          often swap, but the last one bought, the target, is likely to have a high
+          number. Purchases hold this order, so the policy knows it and finds these
+          shoppers easy; clicks have none, so the ranker does not. Leave them alone.
   niche   The feed hides nine tenths of their items. The ranker meets a hidden item only
           where it is drawn as a random "not clicked" one, and learns that nobody clicks
           it. The other tenth is shown and gets all the clicks, so that the ranker puts
@@ -361,8 +361,7 @@ def load_shop(path: str | Path) -> Shop:
     tokens (items, L)        the semantic ID of every item, all different
     NAME_history (N, H)      item numbers; NAME is pretrain, posttrain, validation, test
     NAME_target (N,)         item numbers
-    NAME_kind (N,)           optional: index into kinds, for the tables
-    kinds (K,)               optional: names
+    NAME_kind (N,), kinds    optional, for the tables: index into kinds, (K,) names
     feed_history (M, H)      item numbers, for the ranker
     shown (M, S)             item numbers; not the purchases that are post-trained on
     clicked (M, S)           bool, or 0 and 1
@@ -411,9 +410,16 @@ def load_shop(path: str | Path) -> Shop:
     if (int(tokens.max()) + 1) ** codes >= 2**63:
         raise ValueError(f"tokens: {codes} codes up to {tokens.max()} are too long")
 
+    if items < 10:
+        raise ValueError(f"tokens: at least 10 items are needed, got {items}")
+
     kinds = ()
     if "kinds" in arrays:
-        kinds = tuple(str(name) for name in np.atleast_1d(arrays["kinds"]))
+        if arrays["kinds"].dtype.kind != "U" or arrays["kinds"].ndim != 1:
+            raise ValueError("kinds must be an array of names, (K,)")
+        for name in arrays["kinds"]:
+            printable = str(name).encode("ascii", "replace").decode()
+            kinds = (*kinds, printable)
 
     splits = {}
     for name in ("pretrain", "posttrain", "validation", "test"):
@@ -421,7 +427,9 @@ def load_shop(path: str | Path) -> Shop:
         target = take(f"{name}_target", 1, below=items)
         require_same(f"{name}_target", len(target), f"{name}_history", len(history))
         kind = np.zeros(len(target), dtype=np.int64)
-        if kinds and f"{name}_kind" in arrays:
+        if f"{name}_kind" in arrays and not kinds:
+            raise ValueError(f"{name}_kind needs the names of the kinds, in kinds")
+        if kinds:
             kind = take(f"{name}_kind", 1, below=len(kinds))
             require_same(f"{name}_kind", len(kind), f"{name}_target", len(target))
         splits[name] = Split(history, target, kind)
