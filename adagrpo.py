@@ -88,7 +88,7 @@ class Config:
     # the ranker's training and the policy's pre-training; their learning rates and
     # batch sizes are in `train_ranker` and `pretrain`
     bias: float = 1.0  # how strongly the toy shop's feed hides and favours items
-    negatives: int = 2  # random items "not clicked", beside what a user was shown
+    negatives: int = 2  # random items for the ranker (not the negatives of eq. 3)
     ranker_epochs: int = 3
     pretrain_epochs: int = 4
 
@@ -174,7 +174,8 @@ class Policy(nn.Module):
     Nothing stops it from writing an ID that names no item. `item_tokens` (items, L) are
     the IDs of the catalogue, `history_length` is H; the sizes follow from these. One
     vocabulary serves all L levels of an ID; in the toy shop each level has tokens of
-    its own. ValueError if two items have the same ID."""
+    its own. ValueError if two items have the same ID.
+    """
 
     def __init__(self, item_tokens: np.ndarray, history_length: int, width: int = 64):
         super().__init__()
@@ -220,7 +221,8 @@ class Policy(nn.Module):
 
         Without a mask the tokens are a causal sequence. With one, the mask alone says
         what each token sees. Returns log-probabilities (B, N, V) and the cache for the
-        next call."""
+        next call.
+        """
         if mask is not None:
             mask = mask[:, None]  # (B, 1, N, keys): the same for all heads
 
@@ -273,8 +275,11 @@ def make_optimizer(
 
 def progress(steps: Sequence, label: str | None) -> Iterable:
     """The steps, under a progress bar if it has a label and there is a terminal."""
-    if label is None:
-        return steps
+    is_worker = multiprocessing.parent_process() is not None
+    if label is None or (is_worker and label == "ranker"):
+        return (
+            steps  # beside the ranker's training runs the policy's, which has the bar
+        )
     return tqdm(steps, label, leave=False, disable=None)
 
 
@@ -323,7 +328,8 @@ class Ranker(nn.Module):
     """A click model: an MLP on the embeddings of user and item and on their product.
 
     The user is the mean embedding of the history: a bag. This ranker cannot see in
-    which order things were bought."""
+    which order things were bought.
+    """
 
     def __init__(self, items: int, width: int = 32):
         super().__init__()
@@ -345,8 +351,7 @@ class Ranker(nn.Module):
         user = self.bought(history).mean(1, keepdim=True)  # (B, 1, width)
         user = user.expand_as(item)
 
-        # Embeddings start small, and a product of them smaller: times 10 makes up for
-        # it.
+        # Embeddings start small, their product is smaller: times 10 makes up for it.
         product = 10 * user * item
         features = torch.cat([user, item, product], dim=-1)
         return self.mlp(features).squeeze(-1)
@@ -362,7 +367,8 @@ def train_ranker(shop: Shop, config: Config) -> Ranker:
 
     A slate is what one shopper was shown, S items. A few random items of the catalogue
     join it as "not clicked": they are all that the ranker learns about items that the
-    feed hides."""
+    feed hides.
+    """
     torch.manual_seed(config.seed)
     items = len(shop.tokens)
     ranker = Ranker(items)
@@ -381,10 +387,7 @@ def train_ranker(shop: Shop, config: Config) -> Ranker:
         return F.binary_cross_entropy_with_logits(logits, labels)
 
     batches = shuffled_batches(len(shown), 512, config.ranker_epochs)
-    label = "ranker"
-    if multiprocessing.parent_process() is not None:
-        label = None  # the pre-training runs beside it and has the screen
-    fit(ranker, 6e-3, batches, loss_of, label)
+    fit(ranker, 6e-3, batches, loss_of, "ranker")
     return ranker
 
 
@@ -459,7 +462,7 @@ def rollout(
             position = torch.tensor(T + level)  # the same for all branches
             next_logp, cache = policy.forward_with_cache(token, position, cache, mask)
 
-    order = total.argsort(dim=1, descending=True)  # draws come in no order
+    order = total.argsort(dim=1, descending=True)  # draws come in no order, and repeat
     return tokens[row, order], total[row, order]
 
 
@@ -517,8 +520,9 @@ def adagrpo_gate(
 
     The G columns are sorted, likeliest first: the difficulty counts those before the
     first hit. A sample is not admitted if its discriminability is undefined: it has no
-    valid negative, or a score that it needs, or their sum, is not finite. Thresholds
-    are compared with >=, without a tolerance for rounding. There is no gradient.
+    valid negative, or the reward of the target or of a negative is not finite, or their
+    sum overflows. Thresholds are compared with >=, without a tolerance for rounding.
+    There is no gradient.
 
     To copy the gate, take `Gate`, this function, and from the end of this section
     `to_tensor`, `to_reals`, `to_mask` and `check_group`; they need torch and math.
@@ -527,7 +531,8 @@ def adagrpo_gate(
     share. Raises TypeError or ValueError that names the argument.
 
     Source: the two diagnostics and the 0/1 gate are the paper's (abstract), these
-    formulas are ours."""
+    formulas are ours.
+    """
     rollout_rewards = to_reals("rollout_rewards", rollout_rewards)
     B, G = check_group("rollout_rewards", rollout_rewards)
     target_reward = to_reals("target_reward", target_reward, (B,))
@@ -538,8 +543,7 @@ def adagrpo_gate(
     if not math.isfinite(min_discriminability):
         raise ValueError(f"min_discriminability must be finite: {min_discriminability}")
 
-    # hit 0 0 1 0 -> cumsum 0 0 1 1: while it is 0, rollouts stand ahead of y; here 2 of
-    # 4.
+    # hit 0 0 1 0 -> cumsum 0 0 1 1. While it is 0, rollouts stand ahead of y: 2 of 4.
     is_ahead = hit.cumsum(1) == 0  # (B, G)
     difficulty = is_ahead.sum(1) / G  # (B,)  eq. (2)
 
@@ -561,7 +565,8 @@ def with_floor(scores: Tensor, valid: Tensor, floor: float = 0.0) -> Tensor:
 
     No reward is lower than the floor, so that a hallucination is never better than an
     item. 0 is right for probabilities; scores that can be negative (logits) need
-    another. Source: ours."""
+    another. Source: ours.
+    """
     scores = to_reals("scores", scores)
     valid = to_mask("valid", valid, tuple(scores.shape))
     return torch.where(valid, scores.clamp(min=floor), floor)
@@ -576,7 +581,8 @@ def group_advantages(rewards: Tensor) -> Tensor:
     float32 or better.
 
     Raises TypeError or ValueError. Source: GRPO, with the population standard
-    deviation; the care for flat groups is ours."""
+    deviation; the care for flat groups is ours.
+    """
     rewards = to_reals("rewards", rewards).detach()
     B, _ = check_group("rewards", rewards)
     if B == 0:  # std() would warn
@@ -591,8 +597,9 @@ def group_advantages(rewards: Tensor) -> Tensor:
     rounding = 4 * torch.finfo(rewards.dtype).eps * largest
     has_spread = (spread > rounding) & spread.isfinite()  # False for nan
 
-    # Shift and scale do not change eq. (5), and between 0 and 1 no sum overflows or
-    # drowns in rounding. A flat group is 0 / 0 here, and set to 0 at the end.
+    # Not (r - mean) / (std + eps): in a flat group that would turn rounding into
+    # advantages. Shift and scale do not change eq. (5), and between 0 and 1 no sum
+    # overflows. A flat group is 0 / 0 here, and set to 0 at the end.
     scaled = (rewards - lowest) / spread  # (B, G)
     centred = scaled - scaled.mean(1, keepdim=True)
     advantages = centred / scaled.std(1, correction=0, keepdim=True)  # eq. (5)
@@ -610,10 +617,14 @@ def grpo_loss(
     With one update per rollout old_logp is logp.detach(). Every ratio is then 1 and the
     loss is -mean(A) = 0; its gradient, -mean(A_i * grad logp_i), is not.
 
-    If a ratio or advantage is not finite, the loss of its sample is nan, but no nan
-    goes back: that rollout gets gradient 0. So `adagrpo_loss` can drop the sample
-    without a trace. Computed in float32 or better. Raises TypeError or ValueError.
-    Source: GRPO without its KL term, and with one ratio per item."""
+    The inputs of a refused sample may be broken (a log-probability of -inf, say). A
+    ratio or advantage that is not finite makes the loss of its sample nan, so that
+    nobody overlooks it, but sends back gradient 0, so that `adagrpo_loss` can drop the
+    sample.
+
+    Computed in float32 or better. Raises TypeError or ValueError. Source: GRPO without
+    its KL term, and with one ratio per item.
+    """
     logp = to_reals("logp", logp)
     B, G = check_group("logp", logp)
     old_logp = to_reals("old_logp", old_logp, (B, G))
@@ -621,8 +632,7 @@ def grpo_loss(
 
     log_ratio = logp - old_logp  # (B, G)
     is_usable = log_ratio.detach().exp().isfinite() & advantages.isfinite()
-    # What is not usable is replaced BEFORE exp(): a where() behind it would send back 0
-    # * nan.
+    # Replaced BEFORE exp(): a where() behind it would send back 0 * nan, a nan.
     ratio = torch.where(is_usable, log_ratio, 0.0).exp()
     advantages = torch.where(is_usable, advantages, 0.0)
 
@@ -764,6 +774,13 @@ RULES: dict[str, Rule | None] = {
 }
 
 
+# Arms are compared by their dose: weight times the share of samples that get the GRPO
+# term. adagrpo admits about a quarter of the training samples (fewer and fewer, as it
+# learns), so that its weight of 5 is a dose of 1.3. The halves of the gate have that
+# dose, too.
+ARMS = ["nll", "mix-0.3", "mix-1", "difficulty-2.1", "discriminability-2.6", "adagrpo"]
+
+
 def post_train(
     policy: Policy,
     ranker: Ranker,
@@ -896,9 +913,8 @@ def evaluate(
     The group is rolled out as `config` says. To compare arms, give it BEAMS beams.
     """
     torch.manual_seed(config.seed)  # the same random items for every policy
-    ranks = torch.arange(
-        1, min(config.group, 10) + 1
-    )  # a group may be smaller than ten
+    places = min(config.group, 10)  # a group may be smaller
+    ranks = torch.arange(1, places + 1)
     discount = 1 / torch.log2(1 + ranks)  # of NDCG
     batches = []
     for history, target in user_batches(split, label):
@@ -937,7 +953,8 @@ def rerank(
 
     The policy's RERANKED likeliest items are put into the ranker's order. Returns HR@10
     of both orders, (N,) of 0 and 1: "hr@10" (the policy's) and "reranked" (the
-    ranker's)."""
+    ranker's).
+    """
     batches = []
     for history, target in user_batches(split, label):
         tokens, _ = rollout(policy, policy.prompt(history), RERANKED, "beam")
@@ -1003,7 +1020,8 @@ def print_premise(shop: Shop, policy: Policy, ranker: Ranker, config: Config) ->
     """What can be known before any post-training: could the ranker teach, and whom?
 
     The premise of the method is that the ranker knows something that the policy does
-    not."""
+    not.
+    """
     # The group is that of training: thresholds are chosen from what the gate will see.
     validation = thinned(shop.validation, 3000)
     metrics = evaluate(policy, ranker, validation, config, label="premise")
@@ -1099,8 +1117,8 @@ def print_examples(
     print("\nWhat the gate sees: the five likeliest of the group, for three test users")
     kinds = by_kind(shop.test, shop.kinds)
     for verdict, has_verdict in verdicts.items():
-        # The first user with this verdict, of the kind that gets it most often. "all",
-        # the average of the kinds, wins only where there are none.
+        # The first user with this verdict, of the kind that gets it most often; of all
+        # users if there are no kinds.
         shares = {}
         for kind, mask in kinds.items():
             if mask.any():
@@ -1191,12 +1209,6 @@ def print_results(
 
 # ------------------------------------------------------------------------------ command
 # Nothing from here on concerns the method.
-
-# Arms are compared by their dose: weight times the share of samples that get the GRPO
-# term. adagrpo admits about a quarter of the training samples (fewer and fewer, as it
-# learns), so that its weight of 5 is a dose of 1.3. The halves of the gate have that
-# dose, too.
-ARMS = ["nll", "mix-0.3", "mix-1", "difficulty-2.1", "discriminability-2.6", "adagrpo"]
 
 
 def parse_arm(arm: str, config: Config) -> tuple[str, float]:
@@ -1369,8 +1381,9 @@ def side_by_side(options: argparse.Namespace, common: list, tasks: list[tuple]) 
     several.
 
     Every function gets the `common` arguments first. A process is given these when it
-    starts, so that tasks are small: a large one, half sent, would keep a program that
-    is stopped from ending."""
+    starts, so that tasks are small: one that is half sent when somebody presses Ctrl-C
+    would block the exit.
+    """
     if options.jobs == 1:
         return [function(*common, *arguments) for function, *arguments in tasks]
 
@@ -1379,7 +1392,9 @@ def side_by_side(options: argparse.Namespace, common: list, tasks: list[tuple]) 
     with ProcessPoolExecutor(options.jobs, spawn, start_process, setup) as pool:
         try:
             futures = [pool.submit(call, task) for task in tasks]
-            pool.submit(os.getpid)  # only now the pool also watches its last process
+            # A pool notices the death of those workers that ran at its last submit. An
+            # idle task more, and the last worker is among them.
+            pool.submit(os.getpid)
             return [pickle.loads(future.result()) for future in futures]
         except BaseException:  # leaving `with` would wait for what is under way
             for process in multiprocessing.active_children():
@@ -1391,7 +1406,7 @@ common_of_process = []  # what all tasks of this process have in common
 
 
 def call(task: tuple) -> bytes:
-    """The result of a task, in bytes: torch would leave tensors in this process."""
+    """The result of a task, in bytes: torch would send handles to its own memory."""
     function, *arguments = task
     return pickle.dumps(function(*common_of_process, *arguments))
 
@@ -1400,7 +1415,8 @@ def start_process(device: str, *common) -> None:
     """Set up a process, main or worker: one thread (the tensors are tiny), the device.
 
     A worker also has to end at Ctrl-C, and when the process that started it is gone:
-    else it would train on as an orphan."""
+    else it would train on as an orphan.
+    """
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # its own would outlive a process that is stopped
     if device != "cpu":

@@ -31,7 +31,8 @@ post-train on, 200,000 slates. Three passes over the 1,200 exhaust them: plain N
 nothing from a fourth. All definitions are ours.
 
 `make_shop` simulates the shop; `load_shop`, at the end, reads your own data in its
-place."""
+place.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,7 +159,8 @@ def draw_without_replacement(
 
     Every item has an alarm clock that rings at a random time, after exp(-logit) on
     average. The first k to ring are the draw: the Gumbel-top-k trick (Kool et al.,
-    2019) without its logarithm. logits (N, items) -> item numbers (N, k)."""
+    2019) without its logarithm. logits (N, items) -> item numbers (N, k).
+    """
     rings_at = rng.standard_exponential(logits.shape, dtype=np.float32)
     rings_at *= np.exp(-logits)
     first = np.argpartition(rings_at, k, axis=1)[:, :k]  # the k earliest, in any order
@@ -205,7 +207,8 @@ def make_qualities(
     """How good each item is: last season and this season, (ITEMS,) each.
 
     Only trend items change. Their new quality has correlation SEASON_CORRELATION with
-    the old one and the same variance."""
+    the old one and the same variance.
+    """
     spread = np.array([QUALITY_SPREAD[kind] for kind in catalogue.kind])
     last_season = spread * rng.normal(size=ITEMS)
     fresh = spread * rng.normal(size=ITEMS)
@@ -292,7 +295,8 @@ def make_shop(
     `bias` >= 0 scales how much popularity and hiding count in the feed: 0 shows items
     by taste alone. `sizes` replaces numbers of shoppers in SIZES; nobody is in two
     splits. Every split has a random stream of its own, so neither `bias` nor the size
-    of another split changes it. ValueError names what is out of range."""
+    of another split changes it. ValueError names what is out of range.
+    """
     sizes = SIZES | (sizes or {})
     if sizes.keys() != SIZES.keys():
         raise ValueError(f"sizes must be of {', '.join(SIZES)}, got {', '.join(sizes)}")
@@ -343,7 +347,8 @@ def simulated_clicks_and_dwell(
 
     Only the study in .github uses it. items (N, K), -1 for a hallucination, which
     nobody clicks. Returns the probability of a click and the expected seconds (N, K): a
-    click is worth 60 s times the appeal."""
+    click is worth 60 s times the appeal.
+    """
     liking = np.einsum("nkd,nd->nk", truth.embedding[items], truth.test_taste)
     appeal = liking + truth.quality[items]
     # A hallucination, -1, has been looked up as the last item.
@@ -367,7 +372,8 @@ def load_shop(path: str | Path) -> Shop:
     clicked (M, S)           bool, or 0 and 1
 
     To fill short histories, add a dummy item to `tokens` that is never a target.
-    ValueError names the array that is missing or wrong, before any work is done."""
+    ValueError names the array that is missing or wrong, before any work is done.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}

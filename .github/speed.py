@@ -2,7 +2,8 @@
 """What a post-training step costs, in steps of NLL alone: python .github/speed.py
 
 The arms take turns, so that a slow moment of the machine hits all of them, and the
-median turn counts. A step is everything that `post_train` does, with one thread."""
+median turn counts. A step is everything that `post_train` does, with one thread.
+"""
 
 import statistics
 import sys

@@ -21,7 +21,8 @@ adagrpo.py and:
 The file is a list of records {seed, arm, settings, figures}; figures are {group:
 {metric: value}}, in percent (dwell in seconds). Each record is saved when its arm ends,
 under a lock, so several runs can share a file. A run that was stopped goes on where it
-was; after a change of the code take a new file. Needs Linux or macOS."""
+was; after a change of the code take a new file. Needs Linux or macOS.
+"""
 
 import argparse
 import contextlib
