@@ -2132,7 +2132,7 @@ has_proc = pytest.mark.skipif(
 def program(request, tmp_path) -> tuple[subprocess.Popen, Path]:
     """A program that would work for minutes in two processes, and a results file.
 
-    Both are busy with pre-training; "post-training" is adagrpo's, with more arms to come.
+    Both are busy with pre-training; "post-training" is adagrpo, with arms to come.
     """
     file = write_records(tmp_path / "runs.json", record(0, "nll", 30))
     long = ["--quick", "--pretrain-epochs", "1000", "--ranker-epochs", "1000"]
