@@ -275,11 +275,10 @@ def make_optimizer(
 
 def progress(steps: Sequence, label: str | None) -> Iterable:
     """The steps, under a progress bar if it has a label and there is a terminal."""
-    is_worker = multiprocessing.parent_process() is not None
-    if label is None or (is_worker and label == "ranker"):
-        return (
-            steps  # beside the ranker's training runs the policy's, which has the bar
-        )
+    # In a pool the ranker is trained beside the policy, which has the one bar.
+    is_beside = label == "ranker" and multiprocessing.parent_process() is not None
+    if label is None or is_beside:
+        return steps
     return tqdm(steps, label, leave=False, disable=None)
 
 
