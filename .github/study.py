@@ -1,27 +1,27 @@
 # SPDX-License-Identifier: MIT
 """The study: many seeds and arms of adagrpo.py, side by side, into one file of results.
 
-    python .github/study.py --seeds 40 41 --arms nll adagrpo --jobs 2 --out
-    runs/study.json
+    python .github/study.py --seeds 0 1 --arms nll adagrpo --jobs 2 --out runs/study.json
 
-It calls the functions of adagrpo.py and copies none. Every option of adagrpo.py works
-here too and becomes part of the record's settings (--decode sample, --bias 0, ...). An
-arm is RULE, RULE-WEIGHT, RULE@PASSES or RULE-WEIGHT@PASSES, with the rules of
-adagrpo.py and:
+It calls the functions of adagrpo.py and copies none. Every setting of adagrpo.py is an
+option here too and becomes part of the record's settings (--decode sample, --bias 0).
+An arm is RULE, RULE-WEIGHT, RULE@PASSES or RULE-WEIGHT@PASSES. The rules:
 
-  before    no post-training at all; also holds the premise, by kind of shopper
+  nll, mix, difficulty, discriminability, adagrpo   as in adagrpo.py
+  before    no post-training at all; also holds what can be known before it
   random    as many samples of a batch as the gate admits, but others
   spread    hard, and the group's rewards have a standard deviation of at least 0.1
   level     hard, and the ranker gives the target at least 0.1
-  oracle    trend shoppers, by the truth
+  oracle    trend users, by the truth
   centred   no gate, advantages without the division by std (Dr. GRPO, arXiv 2503.20783)
+  clicks    NLL on the feed's clicks first, then as nll
   gradients trains nothing: cosines of the GRPO gradient of beams, and of draws, with
             that of 600 draws, before post-training
 
-The file is a list of records {seed, arm, settings, figures}; figures are {group:
-{metric: value}}, in percent (dwell in seconds). Each record is saved when its arm ends,
-under a lock, so several runs can share a file. A run that was stopped goes on where it
-was; after a change of the code take a new file. Needs Linux or macOS.
+The file is a list of records {seed, arm, settings, figures}; figures are {group of test
+users: {metric: value}}, in percent (dwell in seconds). Each record is saved when its
+arm ends, under a lock, so several runs can share a file. A run that was stopped goes on
+where it was; after a change of the code take a new file. Needs Linux or macOS.
 """
 
 import argparse
@@ -31,7 +31,9 @@ import fcntl
 import json
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
@@ -43,48 +45,61 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import adagrpo
-from adagrpo import Config, Policy, Ranker, Rule, Scored, Shop
-from toy_data import QUICK_SIZES, make_shop, simulated_clicks_and_dwell
+import toy_data
+from adagrpo import Config, Gate, Metrics, Policy, Ranker, Result, Rule, Scored
+from toy_data import Shop, Split
 
 MIN_SPREAD = 0.1  # by validation, on development seeds 0 and 2
 MIN_LEVEL = 0.1  # on development seeds 0-3
+CLICK_STEPS = 400  # of `clicks`, in batches of the pre-training's size; by validation
+CLICK_LR = 1e-3
 TEST_USERS = 12_000
-METRICS = ("hr@10", "hr@5", "hr@20", "ndcg@10", "hallucination")
-CONTROLS = ("random", "spread", "level", "oracle", "centred")
+
+GATES = ("nll", "mix", "difficulty", "discriminability", "adagrpo")
+CONTROLS = ("random", "spread", "level", "oracle", "centred", "clicks")
 NO_TRAINING = ("before", "gradients")
+RULES = (*GATES, *CONTROLS, *NO_TRAINING)
 
 # ----------------------------------------------------------------------------- the arms
 
 
 def rule_of(name: str, shop: Shop) -> Rule | None:
-    """As in adagrpo.RULES: which samples of a batch get the GRPO term, (B,) bool."""
+    """Which samples of a batch get the GRPO term, (B,) bool; None for plain NLL."""
     trend = shop.kinds.index("trend")
     kind_of = {}  # a rule sees histories; no two users have the same
     for history, kind in zip(shop.posttrain.history, shop.posttrain.kind, strict=True):
         kind_of[tuple(history.tolist())] = kind
 
-    def random(scored: Scored) -> torch.Tensor:
-        admit = scored.gate.admit
-        return admit[torch.randperm(len(admit))]
+    def everybody(scored: Scored, gate: Gate) -> torch.Tensor:
+        return torch.ones_like(gate.admit)
 
-    def spread(scored: Scored) -> torch.Tensor:
-        return scored.gate.hard & (scored.rewards.std(1, correction=0) >= MIN_SPREAD)
+    def random(scored: Scored, gate: Gate) -> torch.Tensor:
+        return gate.admit[torch.randperm(len(gate.admit))]
 
-    def level(scored: Scored) -> torch.Tensor:
-        return scored.gate.hard & (scored.target_reward >= MIN_LEVEL)
+    def spread(scored: Scored, gate: Gate) -> torch.Tensor:
+        return gate.hard & (scored.rewards.std(1, correction=0) >= MIN_SPREAD)
 
-    def oracle(scored: Scored) -> torch.Tensor:
+    def level(scored: Scored, gate: Gate) -> torch.Tensor:
+        return gate.hard & (scored.target_reward >= MIN_LEVEL)
+
+    def oracle(scored: Scored, gate: Gate) -> torch.Tensor:
         histories = scored.history.tolist()
         return torch.tensor([kind_of[tuple(history)] == trend for history in histories])
 
-    controls = {
+    rules = {
+        "nll": None,
+        "clicks": None,
+        "mix": everybody,
+        "centred": everybody,
+        "difficulty": lambda scored, gate: gate.hard,
+        "discriminability": lambda scored, gate: gate.clear,
+        "adagrpo": lambda scored, gate: gate.admit,
         "random": random,
         "spread": spread,
         "level": level,
         "oracle": oracle,
-        "centred": adagrpo.RULES["mix"],
     }
-    return (adagrpo.RULES | controls)[name]
+    return rules[name]
 
 
 def centre(rewards: torch.Tensor) -> torch.Tensor:
@@ -101,8 +116,7 @@ def parse_arm(arm: str, config: Config) -> tuple[str, float, int]:
         passes = config.epochs
     weight = float(weight)
     passes = int(passes)
-    known = (*adagrpo.RULES, *CONTROLS, *NO_TRAINING)
-    if rule not in known or not 0 <= weight < np.inf or passes < 1:
+    if rule not in RULES or not 0 <= weight < np.inf or passes < 1:
         raise ValueError(arm)
     return rule, weight, passes
 
@@ -117,8 +131,8 @@ class Tally:
         self.absent = 0  # admitted samples whose group lacks the target
         self.outscored = 0  # admitted samples where a negative outscores the target
 
-    def __call__(self, scored: Scored) -> torch.Tensor:
-        admit = self.rule(scored)
+    def __call__(self, scored: Scored, gate: Gate) -> torch.Tensor:
+        admit = self.rule(scored, gate)
         absent = admit & ~scored.hit.any(1)
         is_higher = scored.rewards > scored.target_reward[:, None]
         outscored = admit & is_higher.any(1)
@@ -137,54 +151,16 @@ class Tally:
         }
 
 
-# ----------------------------------------------------------------------------- one seed
-
-
-def figures_of(
-    shop: Shop, result: dict[str, np.ndarray], masks: dict[str, np.ndarray]
-) -> dict[str, dict[str, float]]:
-    """Means over groups of test users, with the simulated A/B."""
-    clicks, dwell = simulated_clicks_and_dwell(shop.truth, result["top 10"])
-    figures = {}
-    for name, mask in masks.items():
-        row = {metric: adagrpo.mean_percent(result[metric], mask) for metric in METRICS}
-        row["ctr"] = adagrpo.mean_percent(clicks.mean(1), mask)
-        row["dwell"] = adagrpo.mean_percent(dwell.mean(1), mask) / 100
-        row["share"] = 100 * mask.mean()
-        figures[name] = row
-    return figures
-
-
-def premise_of(
-    shop: Shop, start: Policy, ranker: Ranker, config: Config
-) -> dict[str, dict[str, float]]:
-    """The table that adagrpo.py prints before post-training (validation users)."""
-    saw = adagrpo.evaluate(start, ranker, shop.validation, config)
-    orders = adagrpo.rerank(start, ranker, shop.validation)
-    columns = {
-        "hr@10": orders["hr@10"],
-        "reranked": orders["reranked"],
-        "auc": saw["auc"],
-        "auc in group": saw["auc in group"],
-        "hard": saw["hard"],
-        "clear": saw["clear"],
-        "admitted": saw["admit"],
-    }
-    premise = {}
-    for name, mask in adagrpo.by_kind(shop.validation, shop.kinds).items():
-        row = {title: adagrpo.mean_percent(c, mask) for title, c in columns.items()}
-        row["share"] = 100 * mask.mean()
-        premise[f"premise {name}"] = row
-    return premise
-
-
-def prepare(config: Config, is_quick: bool) -> tuple[Shop, Policy, Ranker]:
-    """A seed's shop, pre-trained policy and ranker."""
-    sizes = {"posttrain": config.users, "test": TEST_USERS}
-    if is_quick:
-        sizes = QUICK_SIZES
-    shop = make_shop(config.seed, config.bias, sizes)
-    return shop, adagrpo.pretrain(shop, config), adagrpo.train_ranker(shop, config)
+def learn_clicks(policy: Policy, ranker: Ranker, shop: Shop, config: Config) -> None:
+    """Plain NLL on what was clicked in the feed, given what the user had bought."""
+    slate, place = np.nonzero(shop.clicked)
+    rng = np.random.default_rng(config.seed)
+    picked = rng.permutation(len(slate))[: CLICK_STEPS * config.pretrain_batch]
+    slate = slate[picked]
+    target = shop.shown[slate, place[picked]]
+    clicks = Split(shop.feed_history[slate], target, np.zeros_like(target))
+    settings = replace(config, batch=config.pretrain_batch, epochs=1, lr=CLICK_LR)
+    adagrpo.post_train(policy, ranker, clicks, None, 0.0, settings)
 
 
 def post_trained(
@@ -195,6 +171,8 @@ def post_trained(
     policy = copy.deepcopy(start)
     if name == "before":
         return policy, {}
+    if name == "clicks":
+        learn_clicks(policy, ranker, shop, config)
 
     rule = rule_of(name, shop)
     if rule is not None:
@@ -207,15 +185,106 @@ def post_trained(
         adagrpo.post_train(policy, ranker, shop.posttrain, rule, weight, settings)
     if rule is None:
         return policy, {}
-    return policy, rule.figures()
+    return policy, rule.figures() | {"weight": weight}
 
 
-def run_seed(config: Config, is_quick: bool, arms: list[str], out: Path) -> None:
+# ----------------------------------------------------------------------------- one seed
+
+
+def prepare(config: Config, world: dict) -> tuple[Shop, Policy, Ranker]:
+    """A seed's shop, pre-trained policy and ranker."""
+    sizes = {"posttrain": config.users, "test": TEST_USERS, "feed": world["slates"]}
+    correlation = world["season_correlation"]
+    with mock.patch.object(toy_data, "SEASON_CORRELATION", correlation):
+        shop = toy_data.make_shop(config.seed, config.bias, sizes)
+    policy = adagrpo.pretrain(shop, config)
+    if not world["noise_ranker"]:
+        return shop, policy, adagrpo.train_ranker(shop, config)
+
+    # A ranker of noise: never trained, its embeddings wide so that scores differ.
+    torch.manual_seed(config.seed)
+    ranker = Ranker(len(shop.tokens))
+    torch.nn.init.normal_(ranker.bought.weight, std=1.0)
+    torch.nn.init.normal_(ranker.offered.weight, std=1.0)
+    return shop, policy, ranker
+
+
+def groups_of(shop: Shop, before: Metrics) -> dict[str, np.ndarray]:
+    """Masks (N,) over the test users: those of adagrpo.py, middle thirds, verdicts.
+
+    A verdict is what the gate says before post-training.
+    """
+    masks = adagrpo.by_group(shop, before)
+    confidence = adagrpo.third_of(before["confidence"])
+    times_shown = np.bincount(shop.shown.ravel(), minlength=len(shop.tokens))
+    exposure = adagrpo.third_of(times_shown[shop.test.target])
+    for i, sure in enumerate(("unsure", "middle", "sure")):
+        for j, often in enumerate(("seldom", "middle", "often")):
+            masks[f"{sure}, {often}"] = (confidence == i) & (exposure == j)
+
+    hard = before["hard"]
+    clear = before["clear"]
+    masks["hard+clear"] = hard & clear
+    masks["hard+unclear"] = hard & ~clear
+    masks["easy+clear"] = ~hard & clear
+    masks["easy+unclear"] = ~hard & ~clear
+    return masks
+
+
+def simulated_clicks(config: Config, world: dict, items: np.ndarray) -> Metrics:
+    """What test users would do with their lists, by the truth: a simulated A/B test.
+
+    items (N, 10), -1 for a hallucination, which nobody clicks. Returns the mean
+    probability of a click and the mean seconds of dwell, (N,) each: a click is worth
+    60 s times the appeal.
+    """
+    rng = toy_data.random_streams(config.seed)
+    catalogue = toy_data.make_catalogue(rng["catalogue"])
+    correlation = world["season_correlation"]
+    with mock.patch.object(toy_data, "SEASON_CORRELATION", correlation):
+        _, quality = toy_data.make_qualities(rng["catalogue"], catalogue)
+    _, taste = toy_data.make_users(rng["test"], len(items), catalogue, quality)
+
+    liking = np.einsum("nkd,nd->nk", catalogue.embedding[items], taste)
+    appeal = liking + quality[items]
+    clicks = np.where(items < 0, 0.0, toy_data.click_probability(appeal))
+    dwell = clicks * 60 * np.maximum(appeal, 0)
+    return {"ctr": clicks.mean(1), "dwell": dwell.mean(1)}
+
+
+def figures_of(
+    config: Config, world: dict, shop: Shop, result: Result, masks: Metrics
+) -> dict[str, dict[str, float]]:
+    """Means over groups of test users; what the validation users say."""
+    test = result.test
+    hit = test["items"] == shop.test.target[:, None]
+    metrics = {name: test[name] for name in ("hr@10", "ndcg@10", "recall@32")}
+    metrics["hr@5"] = hit[:, :5].any(1)
+    metrics["hr@20"] = hit[:, :20].any(1)
+    metrics["hr@10 fused"] = result.fused()
+    metrics["hallucination"] = test["hallucination"]
+    metrics |= simulated_clicks(config, world, test["items"][:, :10])
+    for name in ("auc in group", "hard", "clear", "admit"):
+        metrics[name] = test[name]
+
+    figures = {}
+    for group, mask in masks.items():
+        row = {name: adagrpo.percent(m[mask]) for name, m in metrics.items()}
+        row["dwell"] /= 100  # seconds
+        row["share"] = adagrpo.percent(mask)
+        figures[group] = row
+    figures["validation"] = {
+        "hr@10": adagrpo.percent(result.validation["hr@10"]),
+        "w": adagrpo.FUSION_WEIGHTS[result.fusion()],
+    }
+    return figures
+
+
+def run_seed(config: Config, world: dict, arms: list[str], out: Path) -> None:
     """Run the arms of one seed and save a record after each."""
-    shop, start, ranker = prepare(config, is_quick)
-    beams = adagrpo.for_comparison(config)
-    before = adagrpo.evaluate(start, ranker, shop.test, beams)
-    masks = adagrpo.by_kind(shop.test, shop.kinds) | adagrpo.by_verdict(before)
+    shop, start, ranker = prepare(config, world)
+    before = adagrpo.evaluate(start, ranker, shop.test, config)
+    masks = groups_of(shop, before)
 
     for arm in arms:
         if arm == "gradients":
@@ -223,19 +292,17 @@ def run_seed(config: Config, is_quick: bool, arms: list[str], out: Path) -> None
             summary = str(figures["cosine"])
         else:
             policy, training = post_trained(arm, shop, start, ranker, config)
-            test = adagrpo.evaluate(policy, ranker, shop.test, beams)
-            validation = adagrpo.evaluate(policy, ranker, shop.validation, beams)
-            figures = figures_of(shop, test, masks)
-            figures["validation"] = {"hr@10": 100 * float(validation["hr@10"].mean())}
+            validation = adagrpo.evaluate(policy, ranker, shop.validation, config)
+            test = adagrpo.evaluate(policy, ranker, shop.test, config)
+            result = Result(validation, test, dose=0.0)
+            figures = figures_of(config, world, shop, result, masks)
             if training:
                 figures["training"] = training
-            if arm == "before":
-                figures |= premise_of(shop, start, ranker, config)
             summary = f"HR@10 {figures['all']['hr@10']:.2f}"
         record = {
             "seed": config.seed,
             "arm": arm,
-            "settings": settings_of(config, is_quick),
+            "settings": settings_of(config, world),
             "figures": figures,
         }
         save(out, record)
@@ -245,9 +312,9 @@ def run_seed(config: Config, is_quick: bool, arms: list[str], out: Path) -> None
 # --------------------------------------------------------------------- the results file
 
 
-def settings_of(config: Config, is_quick: bool) -> dict:
+def settings_of(config: Config, world: dict) -> dict:
     """What figures depend on besides seed and arm."""
-    settings = vars(config) | {"quick": is_quick}
+    settings = vars(config) | world
     del settings["seed"]
     return dict(sorted(settings.items()))
 
@@ -264,12 +331,7 @@ def load(path: Path) -> list[dict]:
     """The records of a results file, [] without one. ValueError if it is no such."""
     if not path.exists():
         return []
-    if not path.is_file():
-        raise ValueError("it is no regular file")
-    text = path.read_text()
-    if not text.strip():
-        return []
-    records = json.loads(text)
+    records = json.loads(path.read_text())
     is_ours = isinstance(records, list) and all(
         isinstance(record, dict) and {"seed", "arm", "settings"} <= record.keys()
         for record in records
@@ -324,78 +386,92 @@ def compare_gradients(
 # ------------------------------------------------------------------------------ command
 
 
-def parse(
-    argv: list[str] | None,
-) -> tuple[argparse.Namespace, Config, argparse.Namespace]:
-    """Our own options, and the settings and options of adagrpo.py."""
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config, dict]:
+    """Our own options, the settings of adagrpo.py, and those of the world."""
     parser = argparse.ArgumentParser(
         description="Many seeds and arms of adagrpo.py, into one file.",
         epilog="All other options are those of adagrpo.py.",
         allow_abbrev=False,
     )
-    cores = multiprocessing.cpu_count()
-    default_arms = ["before", *adagrpo.ARMS]
-    parser.add_argument("--seeds", type=int, nargs="+", required=True)
-    parser.add_argument("--arms", nargs="+", default=default_arms)
-    parser.add_argument("--jobs", type=int, default=cores, help="processes")
-    parser.add_argument("--out", type=Path, help="JSON file of results, to resume")
+    add = parser.add_argument
+    add("--seeds", type=int, nargs="+", required=True)
+    add("--arms", nargs="+", default=["before", "nll", "mix-1", "adagrpo"])
+    add("--jobs", type=int, default=multiprocessing.cpu_count(), help="processes")
+    add("--out", type=Path, required=True, help="JSON file of results, to resume")
+    add("--noise-ranker", action="store_true", help="a ranker that was never trained")
+    correlation = toy_data.SEASON_CORRELATION
+    add("--season-correlation", type=float, default=correlation, help="1: no change")
+    add("--slates", type=int, default=toy_data.SIZES["feed"], help="of the feed")
     ours, rest = parser.parse_known_args(argv)
     config, options = adagrpo.command_line(rest)
+    ours.device = options.device
 
-    for seed in ours.seeds:
-        if not 0 <= seed <= 2**31:
-            parser.error(f"argument --seeds: must be from 0 to 2**31, got {seed}")
     for arm in ours.arms:
         try:
             parse_arm(arm, config)
         except ValueError:
-            rules = ", ".join((*adagrpo.RULES, *CONTROLS, *NO_TRAINING))
+            rules = ", ".join(RULES)
             parser.error(
                 f"argument --arms: {arm} is no RULE[-WEIGHT][@PASSES]: {rules}"
             )
     if ours.jobs < 1:
         parser.error(f"argument --jobs: must be at least 1, got {ours.jobs}")
-    ours.jobs = min(ours.jobs, 61)  # the most that Windows allows
-    if options.data:
-        parser.error("argument --data: the study is for the toy shop")
-    if ours.out is None:
-        parser.error("argument --out: a file is needed")
-    ours.out = ours.out.resolve()  # a link stays one
     try:
+        ours.out = ours.out.resolve()  # a link stays one
         ours.out.parent.mkdir(parents=True, exist_ok=True)
         load(ours.out)
         with lock(ours.out):  # may we write there?
             pass
     except (OSError, ValueError) as error:
         parser.error(f"argument --out: {ours.out}: {error}")
-    return ours, config, options
+
+    world = {
+        "noise_ranker": ours.noise_ranker,
+        "season_correlation": ours.season_correlation,
+        "slates": ours.slates,
+    }
+    return ours, config, world
 
 
-def missing_work(
-    ours: argparse.Namespace, config: Config, is_quick: bool
-) -> list[tuple[Config, bool, list[str], Path]]:
+def missing_work(ours: argparse.Namespace, config: Config, world: dict) -> list[tuple]:
     """One task for each seed: the arms that the file lacks."""
     done = set()
     for record in load(ours.out):
-        if record["settings"] == settings_of(config, is_quick):
+        if record["settings"] == settings_of(config, world):
             done.add((record["seed"], record["arm"]))
 
     tasks = []
     for seed in ours.seeds:
         arms = [arm for arm in ours.arms if (seed, arm) not in done]
         if arms:
-            tasks.append((replace(config, seed=seed), is_quick, arms, ours.out))
+            tasks.append((replace(config, seed=seed), world, arms, ours.out))
     return tasks
+
+
+def start_process(device: str) -> None:
+    """Set up a worker: one thread, the device, and an end with its parent.
+
+    Without that a worker would train on as an orphan.
+    """
+    torch.set_num_threads(1)
+    torch.set_default_device(device)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run what the file lacks. Returns the exit status."""
-    ours, config, options = parse(argv)
-    tasks = missing_work(ours, config, options.quick)
+    ours, config, world = parse(argv)
+    tasks = missing_work(ours, config, world)
     errors = []
     spawn = multiprocessing.get_context("spawn")
-    device = (options.device,)
-    with ProcessPoolExecutor(ours.jobs, spawn, adagrpo.start_process, device) as pool:
+    with ProcessPoolExecutor(ours.jobs, spawn, start_process, (ours.device,)) as pool:
         try:
             futures = {pool.submit(run_seed, *task): task for task in tasks}
             for future in as_completed(futures):
@@ -420,5 +496,3 @@ if __name__ == "__main__":
         sys.exit(main())
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
