@@ -11,7 +11,8 @@ wrote instead.
 
 A sample is one user: a history x, and a target y, the true item, which was bought next.
 An ID that names no item is a hallucination. r is the reward of an ID: the ranker's
-score of the item, or 0 for a hallucination.
+score of the item, or 0 for a hallucination. The idea is the paper's (below); of it only
+the abstract could be read, so the formulas of the gate are ours.
 
   (1) rollouts          a group of G IDs o_1 .. o_G that the policy writes for x,
                         likeliest first; some may be hallucinations
@@ -27,32 +28,30 @@ score of the item, or 0 for a hallucination.
   (7) loss              mean over samples of NLL + weight * g * GRPO, where
                         NLL = -log policy(y | x)
 
-The program pre-trains a policy on last season's purchases and a ranker on the feed's
-clicks. Then it post-trains copies of the policy by several rules, the arms (NLL alone,
-a fixed mixture, AdaGRPO), and compares them, alone and with the ranker's help.
+A hallucination counts in (5), so that GRPO pushes it down; in (3) its 0 would flatter
+the ranker.
 
-By default the group is not drawn at random: it holds the G likeliest items, found by
-beam search. The GRPO term then compares these items with each other; it is not an
-unbiased estimate of the policy gradient. `--decode sample` draws the group instead and
-sorts it, likeliest first.
+The program pre-trains a policy on purchases and a ranker on the feed's clicks. Then it
+post-trains copies of the policy by several rules, the arms (NLL alone, a fixed mixture,
+AdaGRPO), and compares them, alone and with the ranker's help.
 
-What is left out, and why:
-  - a KL term: the NLL is the anchor;
-  - several updates per rollout: with a single one every ratio is 1 and clipping never
-    acts; the gradient of the ratio is not 0, and that is all that GRPO needs;
-  - constrained decoding: it would hide hallucinations.
-What this file is not: a library, a trainer for your own log, or a benchmark. The folder
-.github holds the study behind the README, a diagnosis for your own models, a real log,
-and a recipe for a trainer that you have.
+By default the group is not drawn at random: it holds the G likeliest IDs, found by beam
+search. The GRPO term then compares these IDs with each other; it is not an unbiased
+estimate of the policy gradient. `--decode sample` draws the group instead and sorts it,
+likeliest first.
+
+Left out: a KL term (the NLL is the anchor), several updates per rollout (so that every
+ratio is 1, see `grpo_loss`), and constrained decoding (it would hide hallucinations).
+This is no trainer for your own log: the folder .github has a diagnosis for your models,
+a real log, a recipe for a trainer that you have, and the study behind the README.
 
 Shapes: B samples, G rollouts in each group, L tokens per item, V tokens in the
 vocabulary, T = H * L tokens in the prompt (a history of H items). No tensor names its
 device: torch's default device is set when the program starts.
 
 Paper: Xu, Qi, Zou et al., "Adaptive Loss Balancing for Noise-Robust GRPO in Generative
-Recommendation", arXiv 2606.08480 (2026). Only its abstract was available: the idea (NLL
-for all samples, GRPO behind a 0/1 gate made of two diagnostics) is theirs, the formulas
-are ours. GRPO: Shao et al., DeepSeekMath, arXiv 2402.03300.
+Recommendation", arXiv 2606.08480 (2026). GRPO: Shao et al., DeepSeekMath, arXiv
+2402.03300.
 """
 
 import argparse
@@ -109,17 +108,29 @@ class Config:
 KV = tuple[Tensor, Tensor]  # keys and values of the tokens that a block has read
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention, also to keys and values of earlier calls."""
+class Block(nn.Module):
+    """Pre-norm transformer block: attention, then an MLP, each added to its input."""
 
     def __init__(self, width: int, heads: int = 4):
         super().__init__()
         self.heads = heads
+        self.norm1 = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
 
     def forward(self, x: Tensor, sees: Tensor, past: KV | None) -> tuple[Tensor, KV]:
-        B, N, width = x.shape  # N tokens; sees: (B or 1, N, keys) bool
+        attended, keys_and_values = self.attend(self.norm1(x), sees, past)
+        x = x + attended
+        x = x + self.mlp(self.norm2(x))
+        return x, keys_and_values
+
+    def attend(self, x: Tensor, sees: Tensor, past: KV | None) -> tuple[Tensor, KV]:
+        """Multi-head attention of N new tokens to the past ones and to each other."""
+        B, N, width = x.shape  # sees is (B or 1, N, keys)
         qkv = self.qkv(x).view(B, N, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, width / heads) each
         if past is not None:
@@ -128,27 +139,7 @@ class Attention(nn.Module):
             v = torch.cat([past_v, v], dim=2)
 
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=sees[:, None])
-        y = y.transpose(1, 2).flatten(2)  # (B, N, width)
-        return self.out(y), (k, v)
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block: attention, then an MLP, each added to its input."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width)
-        self.attention = Attention(width)
-        self.norm2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
-        )
-
-    def forward(self, x: Tensor, sees: Tensor, past: KV | None) -> tuple[Tensor, KV]:
-        attended, keys_and_values = self.attention(self.norm1(x), sees, past)
-        x = x + attended
-        x = x + self.mlp(self.norm2(x))
-        return x, keys_and_values
+        return self.out(y.transpose(1, 2).flatten(2)), (k, v)  # (B, N, width)
 
 
 class Policy(nn.Module):
@@ -200,7 +191,7 @@ class Policy(nn.Module):
         if cache is None:
             cache = [None] * len(self.blocks)
 
-        position = sees.sum(-1) - 1  # a token's place: the number of others it sees
+        position = sees.sum(-1) - 1  # a token's place: how many others it sees
         x = self.embedding(tokens) + self.position(position)  # (B, N, width)
         new_cache = []
         for block, past in zip(self.blocks, cache, strict=True):
@@ -234,15 +225,14 @@ class Policy(nn.Module):
 
 
 def shuffled_batches(samples: int, batch: int, epochs: int) -> tuple[Tensor, ...]:
-    """Row numbers of each batch; every pass has an order of its own."""
+    """Row numbers of each batch; each pass has a new order, a batch may span two."""
     passes = [torch.randperm(samples) for _ in range(epochs)]
     return torch.cat(passes).split(batch)
 
 
 def make_optimizer(model: nn.Module, lr: float, steps: int) -> tuple:
     """AdamW, and a schedule with a warm-up of 20 steps and a linear decay to 0."""
-    # foreach: all weights in one call, which is faster for tensors this small
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, foreach=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, foreach=True)  # faster
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / 20, 1 - step / steps)
     )
@@ -255,11 +245,11 @@ def fit(
     batches: tuple[Tensor, ...],
     loss_of: Callable[[Tensor], Tensor],  # row numbers of a batch -> loss
     config: Config,
-    label: str,  # of the progress bar, which only a terminal shows (disable=None)
+    label: str,  # of the progress bar
 ) -> None:
     """Plain supervised training, for the policy's pre-training and for the ranker."""
     optimizer, scheduler = make_optimizer(model, lr, len(batches))
-    for rows in tqdm(batches, label, leave=False, disable=None):
+    for rows in tqdm(batches, label, leave=False, disable=None):  # None: terminals only
         loss = loss_of(rows)
         optimizer.zero_grad()
         loss.backward()
@@ -318,7 +308,7 @@ class Ranker(nn.Module):
         user = self.bought(history).mean(1, keepdim=True)  # (B, 1, width)
         user = user.expand_as(item)
 
-        # Embeddings start small, their product is smaller: times 10 makes up for it.
+        # Embeddings start at about 0.1, so their product at 0.01: times 10, to match.
         product = 10 * user * item
         features = torch.cat([user, item, product], dim=-1)
         return self.mlp(features).squeeze(-1)
@@ -376,7 +366,7 @@ def log_prob(policy: Policy, prompt: Tensor, item_tokens: Tensor) -> Tensor:
 def rollout(
     policy: Policy, prompt: Tensor, group: int, decode: str
 ) -> tuple[Tensor, Tensor]:
-    """Eq. (1): a group of items for each prompt, likeliest first.
+    """Eq. (1): a group of IDs for each prompt, likeliest first.
 
     prompt (B, T), decode "beam" or "sample" -> tokens (B, G, L) and log-probabilities
     (B, G), which carry the gradient. Nothing constrains the tokens.
@@ -416,14 +406,16 @@ def rollout(
         with torch.no_grad():
             if decode == "beam":
                 parent, token = beam(total, next_logp, group)
-            else:
-                parent, token = draw(next_logp)
+            else:  # one random token for each branch
+                parent = torch.arange(group).expand(B, group)
+                probability = next_logp.exp().flatten(0, 1)  # (B * G, V)
+                token = torch.multinomial(probability, 1).view(B, group)
 
         # A new branch is its parent and one more token.
         total = total[row, parent] + next_logp[row, parent, token]  # (B, G)
         tokens = torch.cat([tokens[row, parent], token[..., None]], dim=2)
 
-        # If the items are not complete, the policy reads the new tokens. Each sees what
+        # If the IDs are not complete, the policy reads the new tokens. Each sees what
         # its parent saw, and itself.
         if level < L - 1:
             Q = token.shape[1]
@@ -431,7 +423,7 @@ def rollout(
             sees = torch.cat([sees[row, parent], itself], dim=2)
             next_logp, cache = policy(token, sees, cache)
 
-    # Beams are in order already, draws are not.
+    # topk has put the beams in order, draws come in none.
     if decode == "sample":
         order = total.argsort(dim=1, descending=True)
         tokens = tokens[row, order]
@@ -449,18 +441,6 @@ def beam(total: Tensor, next_logp: Tensor, group: int) -> tuple[Tensor, Tensor]:
     continuations = total[..., None] + next_logp  # (B, Q, V)
     best = continuations.flatten(1).topk(min(group, Q * V)).indices  # (B, G)
     return best // V, best % V
-
-
-def draw(next_logp: Tensor) -> tuple[Tensor, Tensor]:
-    """One random continuation of each branch: next_logp (B, G, V).
-
-    Returns the same two tensors as `beam`.
-    """
-    B, G = next_logp.shape[:2]
-    probability = next_logp.exp().flatten(0, 1)  # (B * G, V)
-    token = torch.multinomial(probability, 1).view(B, G)
-    itself = torch.arange(G).expand(B, G)
-    return itself, token
 
 
 # ---------------------------------------------- the method: gate, advantages, losses
@@ -489,14 +469,13 @@ def adagrpo_gate(
 ) -> Gate:
     """Eq. (2)-(4): admit GRPO where the policy finds it hard and the ranker is clear.
 
-    A row is the group of one prompt. Scores may be probabilities or logits. If the
-    columns have no order (ranked=False), the difficulty is the share of misses: choose
-    its threshold anew. An ID that was drawn twice counts twice. A score that is not
-    finite, and a group without a valid negative, close the gate.
+    A row is the group of one prompt. If its columns have no order (ranked=False), the
+    difficulty is the share of misses: choose its threshold anew. Scores may be
+    probabilities or logits. An ID that was drawn twice counts twice. A score that is
+    not finite, and a group without a valid negative, close the gate.
 
-    Raises ValueError for shapes that do not fit and TypeError for masks that are not
-    bool. Source: the diagnostics and the 0/1 gate are the paper's (abstract), these
-    formulas are ours.
+    Raises ValueError for shapes that do not fit, TypeError for masks that are not bool.
+    Source: diagnostics and 0/1 gate are the paper's (abstract), these formulas ours.
     """
     shape = rollout_rewards.shape  # (B, G)
     is_pair = len(shape) == 2 and hit.shape == valid.shape == shape
@@ -578,8 +557,7 @@ def adagrpo_loss(nll: Tensor, grpo: Tensor, admit: Tensor, weight: float) -> Ten
 class Scored(NamedTuple):
     """The groups that the policy wrote for some samples, and the ranker's scores."""
 
-    history: Tensor  # (B, H) item numbers
-    target: Tensor  # (B,) item numbers
+    history: Tensor  # (B, H) item numbers of the samples
     tokens: Tensor  # (B, G, L) the rollouts, likeliest first
     logp: Tensor  # (B, G) their log-probabilities, with gradient
     items: Tensor  # (B, G) the items that they name, -1 for a hallucination
@@ -603,9 +581,7 @@ def roll_out_and_score(
         scores = ranker.click_probability(history, items.clamp(min=0))
         rewards = torch.where(valid, scores, 0.0)
         target_reward = ranker.click_probability(history, target[:, None]).squeeze(1)
-    return Scored(
-        history, target, tokens, logp, items, hit, valid, rewards, target_reward
-    )
+    return Scored(history, tokens, logp, items, hit, valid, rewards, target_reward)
 
 
 def gate_of(scored: Scored, config: Config) -> Gate:
@@ -621,7 +597,8 @@ def gate_of(scored: Scored, config: Config) -> Gate:
     )
 
 
-# A rule says which samples of a batch get the GRPO term, (B,) bool.
+# A rule says which samples of a batch get the GRPO term, (B,) bool. The rules below ask
+# the gate; those of .github/study.py ask other things of what was scored.
 Rule = Callable[[Scored, Gate], Tensor]
 
 
@@ -629,7 +606,8 @@ def make_arms(config: Config) -> dict[str, tuple[Rule | None, float]]:
     """The arms by name: a rule, and the weight of GRPO where the rule admits it.
 
     Compare arms by their dose, weight times the share of samples that get GRPO. The two
-    halves of the gate have weights that give them about the dose of adagrpo.
+    halves of the gate have weights that give them about the dose of adagrpo, measured
+    at the default settings.
     """
     return {
         "nll": (None, 0.0),  # no GRPO, so nothing has to be rolled out
@@ -663,7 +641,7 @@ def post_train(
     batches = shuffled_batches(len(all_targets), config.batch, config.epochs)
     optimizer, scheduler = make_optimizer(policy, config.lr, len(batches))
 
-    log = []  # what to watch, a dict for each step
+    log = []  # what to watch: a dict of figures for each step
     for step, rows in enumerate(batches, start=1):
         history = all_histories[rows]  # (B, H)
         target = all_targets[rows]  # (B,)
@@ -717,11 +695,10 @@ def print_training(label: str, step: int, log: list[dict[str, float]]) -> None:
 
 # --------------------------------------------------------------------------- evaluation
 
-BEAMS = 32  # lists are judged with so many beams, whatever the groups of the training
+BEAMS = 32  # in every evaluation, whatever the groups of the training
 
-# What a shop can do that asks its ranker at every request: sort the policy's beams by
-# log-probability + w * reward, the fused order. It needs no RL. These are the w to
-# choose from.
+# The baseline that needs no RL is to ask the ranker at every request and to sort the
+# policy's beams by log-probability + w * reward, the fused order. The w to choose from:
 FUSION_WEIGHTS = (0, 1, 2, 4, 8, 16, 32)
 
 Metrics = dict[str, np.ndarray]  # by name; a row for each user
@@ -733,7 +710,6 @@ def evaluate(policy: Policy, ranker: Ranker, split: Split, config: Config) -> Me
 
     hr@10              1 if the target is among the 10 likeliest rollouts, else 0
     ndcg@10            1 / log2(1 + rank of the target); 0 if it is not in the first 10
-    recall@32          1 if the target is among all 32: the most that sorting can reach
     hallucination      share of the 10 likeliest rollouts that name no item
     hr@10 fused        (N, W) hr@10 of the fused order, for each of FUSION_WEIGHTS
     confidence         log-probability of the likeliest rollout
@@ -748,8 +724,8 @@ def evaluate(policy: Policy, ranker: Ranker, split: Split, config: Config) -> Me
         history = torch.as_tensor(split.history[start : start + 128])
         target = torch.as_tensor(split.target[start : start + 128])
         batches.append(roll_out_and_score(policy, ranker, history, target, beams))
-    columns = zip(*batches, strict=True)
-    scored = Scored(*[torch.cat(column) for column in columns])  # (N, ...) each
+    columns = zip(*batches, strict=True)  # a list of Scored -> one with N rows
+    scored = Scored(*[torch.cat(column) for column in columns])
 
     hit = scored.hit.float()  # (N, 32)
     discount = 1 / torch.log2(1 + torch.arange(1, 11))  # of NDCG
@@ -765,7 +741,6 @@ def evaluate(policy: Policy, ranker: Ranker, split: Split, config: Config) -> Me
     metrics = {
         "hr@10": hit[:, :10].amax(1),
         "ndcg@10": (hit[:, :10] * discount).amax(1),
-        "recall@32": hit.amax(1),
         "hallucination": (~scored.valid[:, :10]).float().mean(1),
         "hr@10 fused": torch.stack(fused, dim=1),
         "confidence": scored.logp[:, 0],
@@ -785,43 +760,25 @@ class Result(NamedTuple):
     test: Metrics
     dose: float
 
-    def fusion(self) -> int:
-        """The place in FUSION_WEIGHTS that is best on validation users."""
+    def best_fusion(self) -> int:
+        """Which of FUSION_WEIGHTS is best on validation users: its place."""
         return int(self.validation["hr@10 fused"].mean(0).argmax())
 
     def fused(self) -> np.ndarray:
-        """HR@10 (N,) of the test users in the fused order."""
-        return self.test["hr@10 fused"][:, self.fusion()]
+        """HR@10 (N,) of the test users in the fused order with that weight."""
+        return self.test["hr@10 fused"][:, self.best_fusion()]
 
 
 # ----------------------------------------------------------------------------- printing
 # From here on there are tables, and then the command line.
 
 
-def by_group(shop: Shop, before: Metrics) -> dict[str, np.ndarray]:
-    """Masks (N,) over the test users: all, each kind, and four strata.
-
-    The strata are made without the ranker. Before post-training, was the policy unsure
-    or sure of its likeliest item? Did the feed show the target seldom or often? (The
-    lowest and the highest third.)
-    """
+def by_kind(shop: Shop) -> dict[str, np.ndarray]:
+    """Masks (N,) over the test users: all of them, and each kind."""
     masks = {"all": np.ones(len(shop.test.target), dtype=bool)}
     for number, name in enumerate(shop.kinds):
         masks[name] = shop.test.kind == number
-
-    confidence = third_of(before["confidence"])
-    times_shown = np.bincount(shop.shown.ravel(), minlength=len(shop.tokens))
-    exposure = third_of(times_shown[shop.test.target])
-    masks["unsure, often"] = (confidence == 0) & (exposure == 2)
-    masks["unsure, seldom"] = (confidence == 0) & (exposure == 0)
-    masks["sure, often"] = (confidence == 2) & (exposure == 2)
-    masks["sure, seldom"] = (confidence == 2) & (exposure == 0)
     return masks
-
-
-def third_of(values: np.ndarray) -> np.ndarray:
-    """(N,) -> 0 for the lowest third of the values, 1 for the middle one, 2 above."""
-    return np.searchsorted(np.quantile(values, [1 / 3, 2 / 3]), values)
 
 
 def percent(metric: np.ndarray) -> float:
@@ -838,59 +795,49 @@ def print_table(rows: dict[str, dict[str, str]]) -> None:
         print(f"{name:<17}{line}")
 
 
-def print_by_group(shop: Shop, before: Metrics, columns: Metrics) -> None:
-    """The mean of each column (N,), in percent, over groups of test users."""
+def print_by_kind(shop: Shop, columns: dict[str, np.ndarray]) -> None:
+    """The mean of each column (N,), in percent, over kinds of test users."""
     rows = {}
-    for group, mask in by_group(shop, before).items():
-        rows[group] = {"users": f"{mask.sum()}"}
+    for kind, mask in by_kind(shop).items():
+        rows[kind] = {"users": f"{mask.sum()}"}
         for name, column in columns.items():
-            rows[group][name] = f"{percent(column[mask]):.1f}"
+            rows[kind][name] = f"{percent(column[mask]):.1f}"
     print_table(rows)
 
 
 def print_premise(shop: Shop, before: Result) -> None:
     """Before any post-training: does the ranker know what the policy does not?"""
+    print("\nBefore post-training, percent of test users. fused: hr@10 if the ranker")
     print(
-        "\nBefore post-training, percent of test users. fused: hr@10 with the ranker's"
+        "helps to sort the 32 likeliest IDs, by log-probability + w * reward. If that"
     )
-    print(
-        "help, by log-probability + w * reward. If this is not above hr@10, the ranker"
-    )
-    print("has little to teach. unsure, sure: the policy of its likeliest item; often,")
-    print("seldom: the feed showed the target (highest and lowest thirds).")
+    print("is not above hr@10, the ranker has little to teach.")
     columns = {"hr@10": before.test["hr@10"], "fused": before.fused()}
     for name in ("auc in group", "hard", "clear", "admit"):
         columns[name] = before.test[name]
-    print_by_group(shop, before.test, columns)
+    print_by_kind(shop, columns)
 
 
 @torch.no_grad()
-def print_examples(
-    shop: Shop, policy: Policy, ranker: Ranker, before: Metrics, config: Config
-) -> None:
-    """What the gate sees: the groups of three test users, one of each kind."""
-    print("\nWhat the gate sees: the five likeliest IDs and the one of highest reward.")
-    print("Picked: the first test user of each kind who is as most of that kind are.")
-    masks = by_group(shop, before)
-    hard = before["hard"]
-    clear = before["clear"]
-    examples = {
-        "trend, admitted": masks["trend"] & hard & clear,
-        "series, refused because easy": masks["series"] & ~hard & clear,
-        "niche, refused because not clear": masks["niche"] & hard & ~clear,
-    }
-    for title, mask in examples.items():
-        user = int(mask.argmax())  # the first of them
+def print_examples(shop: Shop, policy: Policy, ranker: Ranker, config: Config) -> None:
+    """What the gate sees: the group of the first test user of each kind."""
+    print(
+        "\nWhat the gate sees: the first test user of each kind, the five likeliest IDs"
+    )
+    print("and the one of highest reward.")
+    beams = replace(config, group=BEAMS, decode="beam")
+    for number, kind in enumerate(shop.kinds):
+        user = int((shop.test.kind == number).argmax())
         history = torch.as_tensor(shop.test.history[user : user + 1])  # (1, H)
         target = torch.as_tensor(shop.test.target[user : user + 1])  # (1,)
-        scored = roll_out_and_score(policy, ranker, history, target, config)
+        scored = roll_out_and_score(policy, ranker, history, target, beams)
         gate = gate_of(scored, config)
         advantages = group_advantages(scored.rewards)  # (1, G)
         best = int(scored.rewards[0].argmax())
 
         last_bought = [name_of(item) for item in policy.item_tokens[history[0, -3:]]]
-        print(f"\n{title}; last bought {', '.join(last_bought)}")
-        for place in (0, 1, 2, 3, 4, best):
+        print(f"\n{kind}; last bought {', '.join(last_bought)}")
+        for place in sorted({0, 1, 2, 3, 4, best}):
             print(f"  {place + 1:>2}. {name_of(scored.tokens[0, place]):<8}", end="")
             print(f"  policy {scored.logp[0, place].exp():.3f}", end="")
             print(f"  reward {scored.rewards[0, place]:.3f}", end="")
@@ -898,7 +845,8 @@ def print_examples(
         print(f"  target {name_of(policy.item_tokens[target[0]])}", end="")
         print(f"  reward {scored.target_reward[0]:.3f}", end="")
         print(f"  difficulty {gate.difficulty[0]:.2f}", end="")
-        print(f"  discriminability {gate.discriminability[0]:+.3f}")
+        print(f"  discriminability {gate.discriminability[0]:+.3f}", end="")
+        print(f"  admitted: {bool(gate.admit[0])}")
 
 
 def name_of(tokens: Tensor) -> str:
@@ -914,7 +862,7 @@ def print_results(shop: Shop, before: Result, results: dict[str, Result]) -> Non
         rows[arm] = {
             "hr@10": f"{percent(result.test['hr@10']):.2f}",
             "fused": f"{percent(result.fused()):.2f}",
-            "w": f"{FUSION_WEIGHTS[result.fusion()]}",
+            "w": f"{FUSION_WEIGHTS[result.best_fusion()]}",
             "ndcg@10": f"{percent(result.test['ndcg@10']):.2f}",
             "hallucination": f"{percent(result.test['hallucination']):.2f}",
             "dose": f"{result.dose:.2f}",
@@ -923,12 +871,12 @@ def print_results(shop: Shop, before: Result, results: dict[str, Result]) -> Non
     print_table(rows)
 
     base = next(iter(results))  # the first arm is what the others are compared with
-    print(f"\nWho gains? hr@10 of {base}, and points more or less than {base}.")
+    print(f"\nhr@10 of {base} by kind of user, and points more or less than {base}.")
     columns = {base: results[base].test["hr@10"]}
     for arm, result in results.items():
         if arm != base:
             columns[arm] = result.test["hr@10"] - columns[base]
-    print_by_group(shop, before.test, columns)
+    print_by_kind(shop, columns)
 
 
 # ------------------------------------------------------------------------------ command
@@ -938,17 +886,17 @@ def command_line(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
     """The settings, and the other options: arms, device, save."""
     parser = argparse.ArgumentParser(
         description="AdaGRPO: GRPO from a biased ranker, gated sample by sample.",
-        epilog="Class Config in adagrpo.py says what the settings mean.",
+        epilog="Class Config says what the settings mean.",
     )
     add = parser.add_argument
     names = list(make_arms(Config()))
     arms = ["nll", "mix-1", "adagrpo"]
-    add("--arms", nargs="+", choices=names, default=arms, help="first: the base")
+    add("--arms", nargs="+", choices=names, default=arms, help="first: the yardstick")
     add("--device", default="cpu", help="cpu, cuda or mps")
     add("--save", type=Path, metavar="FOLDER", help="where the policies are saved")
     for field in fields(Config):
         option = "--" + field.name.replace("_", "-")
-        add(option, type=field.type, default=field.default, help=f"{field.default}")
+        add(option, type=field.type, default=field.default, help=f"({field.default})")
     options = parser.parse_args(argv)
 
     config = Config(**{name: getattr(options, name) for name in vars(Config())})
@@ -982,7 +930,7 @@ def main(argv: list[str] | None = None) -> None:
 
     before = judge(pretrained, dose=0.0)
     print_premise(shop, before)
-    print_examples(shop, pretrained, ranker, before.test, config)
+    print_examples(shop, pretrained, ranker, config)
 
     print("\nPost-training")
     results = {}

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A toy shop whose truth is known: who likes what, what the feed showed, what was
-clicked.
+"""A toy shop whose truth is known.
 
 A user has a taste, an item has a place in the same space, and both meet in one number:
 
@@ -31,7 +30,7 @@ slates are this season's.) Users are of three kinds, recognisable from their his
           listen.
 
 All definitions are ours. The shop was redesigned three times while this project grew,
-on development seeds, until each question of the gate had something to do.
+on development seeds, until both conditions of the gate had something to do.
 """
 
 from dataclasses import dataclass
@@ -52,8 +51,8 @@ KINDS = ("trend", "series", "niche")
 CATEGORY_KIND = ["niche"] * 3 + ["series"] * 3 + ["trend"] * 10  # 10 of 16 are trend
 
 TASTE_DIM = 8  # tastes and items are vectors of length 1 in this many dimensions
-# First number of a category's centre before its length is made 1: plus this for niche,
-# minus this for the others, so that niche lies far from the rest.
+# Niche categories lie at plus this on the first axis, the others at minus this, far
+# from them (before their length is made 1).
 NICHE_DISTANCE = 2.5
 SUBCATEGORY_SPREAD = 0.3  # of sub-categories around their category's centre
 ITEM_SPREAD = 0.2  # of items around the middle of their sub-category
@@ -140,7 +139,8 @@ def draw_without_replacement(
     """Draw k different items per row from softmax(logits), in the order of the draws.
 
     The Gumbel top-k trick (Kool et al., 2019), with exponential in place of Gumbel
-    noise, which is the same and faster: the k smallest of Exponential(1) / exp(logit).
+    noise, which is faster: -log of an exponential is Gumbel, so the k largest of logit
+    + Gumbel are the k smallest of exponential / exp(logit).
     logits (N, items) -> item numbers (N, k).
     """
     noisy = rng.standard_exponential(logits.shape, dtype=np.float32)
@@ -159,7 +159,7 @@ def make_catalogue(rng: np.random.Generator) -> Catalogue:
             centre[category, 0] = NICHE_DISTANCE
     centre = to_length_one(centre)
 
-    # 1000 items do not divide by 128 sub-categories: the first ones get one more.
+    # Of 128 sub-categories the first 104 have 8 items, the others 7.
     per_subcategory, remainder = divmod(ITEMS, CATEGORIES * SUBCATEGORIES)
     tokens = []
     embedding = []
@@ -205,10 +205,8 @@ def make_users(
 ) -> tuple[Split, np.ndarray]:
     """Users with a home category and HISTORY + 1 purchases; tastes (users, D)."""
     home = rng.integers(CATEGORIES, size=users)
-    taste = catalogue.centre[home] + rng.normal(
-        0, TASTE_SPREAD, size=(users, TASTE_DIM)
-    )
-    taste = to_length_one(taste)
+    noise = rng.normal(0, TASTE_SPREAD, size=(users, TASTE_DIM))
+    taste = to_length_one(catalogue.centre[home] + noise)
     kind = np.array(CATEGORY_KIND)[home]
     is_series = kind == "series"
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The study: many seeds and arms of adagrpo.py, side by side, into one file of results.
 
-    python .github/study.py --seeds 0 1 --arms nll adagrpo --jobs 2 --out runs/study.json
+    python .github/study.py --seeds 0 1 --arms nll adagrpo --out runs/study.json
 
 It calls the functions of adagrpo.py and copies none. Every setting of adagrpo.py is an
 option here too and becomes part of the record's settings (--decode sample, --bias 0).
@@ -209,15 +209,22 @@ def prepare(config: Config, world: dict) -> tuple[Shop, Policy, Ranker]:
     return shop, policy, ranker
 
 
-def groups_of(shop: Shop, before: Metrics) -> dict[str, np.ndarray]:
-    """Masks (N,) over the test users: those of adagrpo.py, middle thirds, verdicts.
+def third_of(values: np.ndarray) -> np.ndarray:
+    """(N,) -> 0 for the lowest third of the values, 1 for the middle one, 2 above."""
+    return np.searchsorted(np.quantile(values, [1 / 3, 2 / 3]), values)
 
-    A verdict is what the gate says before post-training.
+
+def groups_of(shop: Shop, before: Metrics) -> dict[str, np.ndarray]:
+    """Masks (N,) over the test users: kinds, strata and verdicts.
+
+    The strata do not ask the ranker. Before post-training, was the policy unsure,
+    middling or sure of its likeliest item? How often did the feed show the target?
+    (Thirds.) A verdict is what the gate says before post-training.
     """
-    masks = adagrpo.by_group(shop, before)
-    confidence = adagrpo.third_of(before["confidence"])
+    masks = adagrpo.by_kind(shop)
+    confidence = third_of(before["confidence"])
     times_shown = np.bincount(shop.shown.ravel(), minlength=len(shop.tokens))
-    exposure = adagrpo.third_of(times_shown[shop.test.target])
+    exposure = third_of(times_shown[shop.test.target])
     for i, sure in enumerate(("unsure", "middle", "sure")):
         for j, often in enumerate(("seldom", "middle", "often")):
             masks[f"{sure}, {often}"] = (confidence == i) & (exposure == j)
@@ -258,11 +265,11 @@ def figures_of(
     """Means over groups of test users; what the validation users say."""
     test = result.test
     hit = test["items"] == shop.test.target[:, None]
-    metrics = {name: test[name] for name in ("hr@10", "ndcg@10", "recall@32")}
+    metrics = {name: test[name] for name in ("hr@10", "ndcg@10", "hallucination")}
     metrics["hr@5"] = hit[:, :5].any(1)
     metrics["hr@20"] = hit[:, :20].any(1)
+    metrics["recall@32"] = hit.any(1)
     metrics["hr@10 fused"] = result.fused()
-    metrics["hallucination"] = test["hallucination"]
     metrics |= simulated_clicks(config, world, test["items"][:, :10])
     for name in ("auc in group", "hard", "clear", "admit"):
         metrics[name] = test[name]
@@ -275,7 +282,7 @@ def figures_of(
         figures[group] = row
     figures["validation"] = {
         "hr@10": adagrpo.percent(result.validation["hr@10"]),
-        "w": adagrpo.FUSION_WEIGHTS[result.fusion()],
+        "w": adagrpo.FUSION_WEIGHTS[result.best_fusion()],
     }
     return figures
 
