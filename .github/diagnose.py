@@ -10,7 +10,7 @@ policy nor the ranker was trained on; scores of others say "yes" to anything.
   target_reward (N,)      its score of the true item
   hit (N, G) bool         the rollout is the true item; compare token IDs, not text
   valid (N, G) bool       the rollout names an item; left out: all do
-  logp (N, G)             the policy's log-probability of the rollout; sorts the columns.
+  logp (N, G)             the policy's log-probability of it, which sorts the columns.
                           Left out: they come likeliest first; no fused, no verdict
   group_NAME (N,)         any number of them: names, or numbers, to be cut in thirds
 
@@ -31,8 +31,9 @@ stands what is admitted if that quantile is the threshold. Then, in percent:
   admitted  clear, and difficulty at its threshold or above
 
 "Yes" means: fused is clearly above 0 over all, or in a group with the interval widened
-for the number of groups (Bonferroni). That is necessary and not sufficient: what the
-ranker knows has to be expressible from what the policy sees.
+for the number of groups (Bonferroni); groups of fewer than ten samples are left out. It
+is necessary and not sufficient: what the ranker knows has to be expressible from what
+the policy sees.
 """
 
 import argparse
@@ -110,7 +111,7 @@ def check(scores: Arrays) -> None:
             raise ValueError(f"{name}: expected finite numbers, given nan or inf")
 
 
-def prepare(scores: Arrays, drawn: bool) -> Arrays:
+def prepare(scores: Arrays) -> Arrays:
     """Checked copies in float64, with `valid`, and columns in the policy's order."""
     scores = {name: np.array(array, order="C") for name, array in scores.items()}
     check(scores)
@@ -123,7 +124,7 @@ def prepare(scores: Arrays, drawn: bool) -> Arrays:
     for name in ("rewards", "target_reward", "logp"):
         if name in scores:
             scores[name] = scores[name].astype(float)
-    if "logp" in scores and not drawn:
+    if "logp" in scores:
         order = np.argsort(-scores["logp"], axis=1, kind="stable")
         for name in ("rewards", "hit", "valid", "logp"):
             scores[name] = np.take_along_axis(scores[name], order, axis=1)
@@ -277,6 +278,7 @@ def notes(scores: Arrays, auc: np.ndarray, drawn: bool) -> list[str]:
     is_at_zero = ~scores["valid"] & (rewards == 0)
     gap = np.abs(rewards - scores["target_reward"][:, None])
     differs = hit & (gap > 0.1 * width.mean())
+    is_beaten = is_negative.any() and is_at_zero.any()
     repeats = not drawn and (hit.sum(1) > 1).any()
 
     doubts = [
@@ -284,7 +286,7 @@ def notes(scores: Arrays, auc: np.ndarray, drawn: bool) -> list[str]:
         (hit.any(1).all(), "no target is absent; were they put into the groups?"),
         (is_flat.mean() > 0.5, "the rewards are flat in most groups"),
         (np.nanmean(auc) < 0.55, "AUC is near chance, or below it"),
-        (is_negative.any() and is_at_zero.any(), "invalid IDs at 0, negative rewards"),
+        (is_beaten, "rewards are negative and invalid IDs are at 0, above them"),
         (differs.any(), "target_reward is not the reward of the hit"),
         (repeats, "targets are hit more than once; are these draws (--drawn)?"),
         (len(hit) < 200, "fewer than 200 samples"),
@@ -317,7 +319,7 @@ def report(
     drawn: bool = False,
 ) -> str:
     """The text, 100 columns of ASCII. ValueError names a wrong array or option."""
-    scores = prepare(scores, drawn)
+    scores = prepare(scores)
     N, G = scores["hit"].shape
     if not drawn and not 1 <= k < G:
         raise ValueError(f"k: expected 1 to {G - 1}, less than the group, given {k}")

@@ -77,7 +77,7 @@ def test_noise_of_many_seeds_is_seldom_taken_for_knowledge():
     # By the intervals, in at most one of twenty; groups or not.
     answers = []
     for seed in range(60):
-        scores = diagnose.prepare(made_up(0.0, N=400, G=12, seed=seed), drawn=False)
+        scores = diagnose.prepare(made_up(0.0, N=400, G=12, seed=seed))
         masks = {"all": np.ones(400, dtype=bool)}
         masks |= diagnose.parts("name", np.arange(400) % 5)
         change = diagnose.fused_change(scores, 4)
@@ -119,8 +119,19 @@ def test_a_handful_of_changes_is_no_yes():
     assert diagnose.verdict(change, masks).endswith(YES)
 
 
+def test_the_interval_over_all_is_of_95_percent():
+    masks = {"all": np.ones(1000, dtype=bool)}
+    for gains, answer in ((16, NO), (17, YES)):  # 1.9 and 2.04 standard errors
+        change = np.zeros(1000)
+        change[:gains] = 1
+        change[gains : gains + 7] = -1
+        assert diagnose.verdict(change, masks).endswith(answer)
+    mean, error = diagnose.interval(np.array([0.0, 2.0]), 1.0)
+    assert (mean, error) == pytest.approx((1.0, 1.0))
+
+
 def test_the_printed_interval_is_1_96_standard_errors():
-    scores = diagnose.prepare(made_up(), drawn=False)
+    scores = diagnose.prepare(made_up())
     change = 100 * diagnose.fused_change(scores, 10)
     error = 1.96 * change.std(ddof=1) / np.sqrt(900)
     assert f" {change.mean():+.1f} +-{error:.1f} " in diagnose.report(made_up())
@@ -138,7 +149,7 @@ def test_a_constant_ranker_changes_exactly_nothing(level):
     scores["rewards"] = np.broadcast_to(level, shape).copy()
     scores["rewards"][~scores["valid"]] = 0.0  # the floor is not what a ranker knows
     scores["logp"] = np.round(scores["logp"], 1)  # ties
-    scores = diagnose.prepare(scores, drawn=False)
+    scores = diagnose.prepare(scores)
     assert not diagnose.fused_change(scores, 10).any()
     policy = diagnose.found(scores, scores["logp"], 10)
     assert 0.1 < policy.mean() < 0.9
@@ -195,7 +206,7 @@ def slow_fused(scores, k):
 def test_orders_against_a_slow_loop(strength, k):
     scores = made_up(strength, N=201, seed=k)
     scores["rewards"] = np.round(scores["rewards"], 1)  # ties
-    scores = diagnose.prepare(scores, drawn=False)
+    scores = diagnose.prepare(scores)
     expected, _ = slow_fused(scores, k)
     np.testing.assert_array_equal(diagnose.fused_change(scores, k), expected)
     thresholds = {"min_difficulty": 0.3, "min_discriminability": 0.01}
@@ -209,7 +220,7 @@ def test_each_half_is_judged_with_the_weight_of_the_other():
     # Seeds where the halves choose differently, or the test above could not tell.
     chosen = []
     for seed in range(10):
-        scores = diagnose.prepare(made_up(0.05, N=120, seed=seed), drawn=False)
+        scores = diagnose.prepare(made_up(0.05, N=120, seed=seed))
         expected, best = slow_fused(scores, 5)
         np.testing.assert_array_equal(diagnose.fused_change(scores, 5), expected)
         chosen.append(best[0] != best[1])
@@ -236,7 +247,7 @@ def test_columns_are_sorted_by_logp():
     assert diagnose.report(mixed) == text
 
 
-# -------------------------------------------------------------------- AUC, gate, control
+# ------------------------------------------------------------------- AUC, gate, control
 
 
 def test_auc_against_a_slow_loop():
@@ -244,7 +255,7 @@ def test_auc_against_a_slow_loop():
     scores["rewards"] = np.round(scores["rewards"], 1)
     scores["target_reward"] = np.round(scores["target_reward"], 1)
     scores["valid"][3] = scores["hit"][3]  # no negative
-    scores = diagnose.prepare(scores, drawn=False)
+    scores = diagnose.prepare(scores)
     thresholds = {"min_difficulty": 0.3, "min_discriminability": 0.01}
     auc = diagnose.measure(scores, thresholds, 10, drawn=False)["auc"]
     for row in range(200):
@@ -333,12 +344,14 @@ def test_numbers_are_cut_in_thirds_and_names_are_names():
     scores["group_stars"] = np.arange(900) % 5 + 1
     scores["group_new"] = np.arange(900) < 300
     scores["group_kind"] = np.where(np.arange(900) < 5, "tiny", "large")
+    scores["group_capped"] = np.minimum(np.arange(900), 599)
     scores["group_zeros"] = np.maximum(np.arange(900) - 700, 0)
     text = diagnose.report(scores)
     sizes = {
         "age low <= 300.7": 300,
         "age middle": 300,
         "age high > 600.3": 300,
+        "capped middle": 600,  # 599, the upper edge, is in it
         "stars 1": 180,
         "stars 5": 180,
         "new True": 300,
@@ -359,7 +372,7 @@ def test_numbers_are_cut_in_thirds_and_names_are_names():
         assert cell(text, "new True", title) == cell(
             diagnose.report(alone), "all", title
         )
-    change = diagnose.fused_change(diagnose.prepare(scores, False), 10)
+    change = diagnose.fused_change(diagnose.prepare(scores), 10)
     mean = 100 * change[is_new].mean()
     assert cell(text, "new True", "fused") == pytest.approx(mean, abs=0.051)
 
@@ -392,7 +405,7 @@ def change_scores(name, scores):
     if name == "AUC is near chance":
         scores["target_reward"] -= 0.3
         scores["rewards"][scores["hit"]] -= 0.3
-    if name == "invalid IDs at 0, negative rewards":
+    if name == "rewards are negative and invalid IDs are at 0":
         scores["rewards"][scores["valid"]] -= 2
         scores["target_reward"] -= 2
     if name == "target_reward is not the reward of the hit":
@@ -413,7 +426,7 @@ def change_scores(name, scores):
         "no target is absent",
         "the rewards are flat",
         "AUC is near chance",
-        "invalid IDs at 0, negative rewards",
+        "rewards are negative and invalid IDs are at 0",
         "target_reward is not the reward of the hit",
         "targets are hit more than once",
         "fewer than 200 samples",
@@ -427,12 +440,12 @@ def test_notes(name):
 
 
 def test_negative_rewards_are_fine_where_invalid_rollouts_are_lower():
-    scores = change_scores("invalid IDs at 0, negative rewards", made_up())
+    scores = change_scores("rewards are negative and invalid IDs are at 0", made_up())
     scores["rewards"][~scores["valid"]] = -9
     assert "Note" not in diagnose.report(scores)
 
 
-# -------------------------------------------------------------------- what may be absent
+# ------------------------------------------------------------------- what may be absent
 
 
 def test_without_valid_every_rollout_is_an_item():
