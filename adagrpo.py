@@ -808,9 +808,7 @@ def print_by_kind(shop: Shop, columns: dict[str, np.ndarray]) -> None:
 def print_premise(shop: Shop, before: Result) -> None:
     """Before any post-training: does the ranker know what the policy does not?"""
     print("\nBefore post-training, percent of test users. fused: hr@10 if the ranker")
-    print(
-        "helps to sort the 32 likeliest IDs, by log-probability + w * reward. If that"
-    )
+    print("helps to sort the 32 likeliest IDs, by log-probability + w * reward. If it")
     print("is not above hr@10, the ranker has little to teach.")
     columns = {"hr@10": before.test["hr@10"], "fused": before.fused()}
     for name in ("auc in group", "hard", "clear", "admit"):
@@ -819,15 +817,19 @@ def print_premise(shop: Shop, before: Result) -> None:
 
 
 @torch.no_grad()
-def print_examples(shop: Shop, policy: Policy, ranker: Ranker, config: Config) -> None:
-    """What the gate sees: the group of the first test user of each kind."""
+def print_examples(
+    shop: Shop, policy: Policy, ranker: Ranker, before: Metrics, config: Config
+) -> None:
+    """What the gate sees: the groups of three test users, one of each kind."""
+    print("\nWhat the gate sees: five likeliest IDs and the one of highest reward, for")
     print(
-        "\nWhat the gate sees: the first test user of each kind, the five likeliest IDs"
+        "the first test user of each kind whom the gate treats like most of the kind."
     )
-    print("and the one of highest reward.")
     beams = replace(config, group=BEAMS, decode="beam")
     for number, kind in enumerate(shop.kinds):
-        user = int((shop.test.kind == number).argmax())
+        mask = shop.test.kind == number
+        is_usual = before["admit"] == (before["admit"][mask].mean() > 0.5)
+        user = int((mask & is_usual).argmax())  # the first
         history = torch.as_tensor(shop.test.history[user : user + 1])  # (1, H)
         target = torch.as_tensor(shop.test.target[user : user + 1])  # (1,)
         scored = roll_out_and_score(policy, ranker, history, target, beams)
@@ -930,7 +932,7 @@ def main(argv: list[str] | None = None) -> None:
 
     before = judge(pretrained, dose=0.0)
     print_premise(shop, before)
-    print_examples(shop, pretrained, ranker, config)
+    print_examples(shop, pretrained, ranker, before.test, config)
 
     print("\nPost-training")
     results = {}

@@ -1,286 +1,361 @@
 # SPDX-License-Identifier: MIT
-"""A real log for adagrpo.py: python .github/movielens.py RATINGS --out ml.npz
+"""A real log, end to end: the example to copy for your own.
 
-RATINGS is a file of MovieLens: `u.data` (100k), `ratings.dat` (1M), `ratings.csv`
-(later releases), or RecBole's copy of the first, `ml-100k.inter`. A line holds user,
-item, rating and time. Rated means that the feed showed the item, a rating of at least 4
-(a like) that it was clicked. What the policy learns to write is the user's next like.
+    python .github/movielens.py RATINGS --seeds 0 1 2 --out runs/movielens.jsonl
 
-Each user's ratings are put in order of time, and in the file's order where two bear the
-same second, as half of ml-100k do. They are cut once, at the user's fifth last like:
+RATINGS is MovieLens: `u.data` (100k), `ratings.dat` (1M), or RecBole's `ml-100k.inter`;
+a line holds user, item, rating and time. The policy learns to write the item that a
+user likes next (a rating of 4 or more), from the last eight likes.
 
-  before the cut    likes    -> pre-training: every like but the first is a target
-                    ratings  -> the ranker's log: slates of ten in a row, with clicks
-                    ratings  -> semantic IDs; likes -> which items are popular
-  from the cut on   likes    -> three post-training targets, then validation, then test
-                    ratings below 4 are used for nothing
+Purchases are scarce and logs plentiful: the 30% of the users whose first rating is the
+earliest pre-train the policy. Of every other user the last twelve likes are held out,
+six to post-train on, two for validation, four for the test. The ranker learns from all
+users' likes before that cut, and all ratings before it make the semantic IDs. The cut
+is each user's own: by the calendar, one user's past may be later than another's test.
 
-A history holds what the user liked before. So no pair of user and item that is a target
-after the cut has reached the ranker, as shown or in a history, and none has shaped an
-ID. The cut is each user's own: by the calendar, what one user rates before it may be
-later than what another is tested on. One date for all would not do, since half the
-users of ml-100k rate everything within an hour. Users with fewer than seven likes are
-left out; an item that a user rates again counts the first time only.
+For your own log, replace from top to bottom:
+  the data    `read_ratings` and `make_shop`: whatever makes Splits, and IDs of items. A
+              history shorter than 8 is filled from the left by PAD, an item with an ID
+              of its own that is never a target. Keep `check_leaks`.
+  the ranker  `Ranker`: any object with click_probability(history (B, H), items (B, K))
+              -> (B, K) in 0..1
+  the run     ARMS. Read the diagnosis first: nothing to teach, nothing to run.
 
-The arrays, with N rows in a split and M slates; items are numbered from 0:
-
-  tokens (items, 3)        semantic IDs: two levels of k-means on co-ratings, and a slot
-  {split}_history (N, 8)   pretrain, posttrain, validation, test: likes, oldest first
-  {split}_target (N,)      the next like
-  {split}_kind (N,)        index into `kinds`: is the target head, middle or tail?
-  kinds (3,)               their names; each holds a third of the likes before the cut
-  feed_history (M, 8), shown (M, 10), clicked (M, 10) bool
-
-The last item is PAD: it fills short histories from the left and is never a target.
+Seeds differ in IDs, policy and ranker, the users are the same: so differences to nll
+have two 95% intervals, Student's over seeds (+-) and a bootstrap over test users, in
+brackets. --out gets a line per seed and arm: what stands there is not run again,
+several processes may add to it, and the tables are of all that it holds.
 """
 
 import argparse
-import math
-import os
-import re
+import copy
+import json
+import sys
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
+import torch
+from torch import Tensor
 
-LIKE = 4.0  # the lowest rating that counts as a click
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import adagrpo
+from adagrpo import Config, Policy
+from diagnose import report
+from toy_data import Split
+
+# ----------------------------------------------------------------------------- the data
+
+LIKE = 4  # the lowest rating that is a like
 HISTORY = 8  # likes in a history, as in toy_data.py
-SLATE = 10  # ratings in a row that make up one slate, as in toy_data.py
-STRIDE = 2  # a slate starts at every second rating, so that each is seen in five slates
-HELD_OUT = 5  # last likes of a user: three for post-training, validation, test
-MIN_LIKES = HELD_OUT + 2  # before those, a target for pre-training and its history
+EARLY = 0.3  # share of the users who pre-train the policy
+HELD_OUT = {"posttrain": 6, "validation": 2, "test": 4}  # last likes of the others
+MIN_LIKES = sum(HELD_OUT.values()) + 2  # before those a target, and a like before it
 CLUSTERS = (16, 8)  # of the catalogue, and inside each of these
 ROUNDS = 30  # of k-means; on ml-100k nothing moves after 20
-KINDS = ("head", "middle", "tail")
+KINDS = ("head", "middle", "tail")  # of targets: each has a third of the ranker's log
 
 
 def read_ratings(path: Path) -> np.ndarray:
-    """Lines as (R, 4) floats: user, item, rating, time. Raises ValueError."""
-    rows = []
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, start=1):
-            line = line.strip()
-            header = number == 1 and line.startswith("user")
-            if header or not line:
-                continue
-
-            try:
-                user, item, rating, time = re.split("::|\t|,", line)
-                row = (int(user), int(item), float(rating), float(time))
-            except ValueError:
-                row = (0, 0, math.nan, 0)
-            if not (0 <= row[2] <= 5 and math.isfinite(row[3])):
-                message = "is no rating (user, item, rating from 0 to 5, time)"
-                raise ValueError(f"line {number} {message}: {line[:60]!a}")
-            rows.append(row)
-    return np.array(rows, dtype=float).reshape(-1, 4)
+    """Lines as (R, 4): user, item, rating, time. Raises ValueError."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    lines = text.replace("::", "\t").splitlines()
+    if lines and lines[0].startswith("user"):
+        del lines[0]
+    ratings = np.loadtxt(lines, delimiter="\t", ndmin=2)
+    if ratings.shape[1] != 4 or not np.isfinite(ratings).all():
+        raise ValueError("a line must be user, item, rating and time")
+    return ratings
 
 
-def in_order(ratings: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Users, items and likes (bool), (R,) each: user by user, in order of time.
+def make_shop(ratings: np.ndarray, seed: int) -> SimpleNamespace:
+    """Cut the ratings (R, 4) as the docstring above says. seed: of the k-means."""
+    logs, pad = make_logs(ratings)
+    check_leaks(logs)
+    tokens = semantic_ids(logs["rated"], pad, np.random.default_rng(seed))
 
-    Users and items are numbered from 0. Second ratings of an item and users with fewer
-    than MIN_LIKES likes are gone. Raises ValueError if that leaves nobody.
+    # Thirds of the ranker's log by how often an item is liked in it.
+    ranker = logs["ranker"]
+    times_liked = np.bincount(ranker[:, -1], minlength=pad)
+    low, high = np.quantile(times_liked[ranker[:, -1]], [1 / 3, 2 / 3])
+    kind = (times_liked <= high).astype(int) + (times_liked <= low)
+
+    splits = {}
+    for name in ("ranker", "pretrain", *HELD_OUT):
+        target = logs[name][:, -1]
+        splits[name] = Split(logs[name][:, 1:-1], target, kind[target])
+    return SimpleNamespace(tokens=tokens, **splits)
+
+
+def make_logs(ratings: np.ndarray) -> tuple[dict[str, np.ndarray], int]:
+    """Logs by name, rows of a user and items, the last one the target; PAD's number."""
+    _, item_of = np.unique(ratings[:, 1], return_inverse=True)
+    pad = item_of.max() + 1
+
+    # Of every user {item: is it liked?}; users and items come in order of time. Equal
+    # times keep the file's order: in ml-100k half bear the time of their neighbour.
+    users = {}
+    for row in ratings[:, 3].argsort(kind="stable"):
+        rated = users.setdefault(ratings[row, 0], {})
+        rated.setdefault(item_of[row], ratings[row, 2] >= LIKE)
+    users = [rated for rated in users.values() if sum(rated.values()) >= MIN_LIKES]
+    if len(users) < 2:
+        raise ValueError(f"{len(users)} users have {MIN_LIKES} likes, 2 are needed")
+
+    logs = {name: [] for name in ("rated", "ranker", "pretrain", *HELD_OUT)}
+    for user, rated in enumerate(users):
+        items = list(rated)
+        likes = [item for item in items if rated[item]]
+        padded = [pad] * HISTORY + likes
+        rows = [[user, *padded[n : n + HISTORY + 1]] for n in range(len(likes))]
+
+        cut = len(likes)
+        if user < np.ceil(EARLY * len(users)):
+            logs["pretrain"] += rows[1:]  # nothing stands before the first like
+        else:
+            cut -= sum(HELD_OUT.values())
+            del items[items.index(likes[cut]) :]
+        logs["rated"] += [[user, item] for item in items]
+        logs["ranker"] += rows[1:cut]
+        for name, size in HELD_OUT.items():
+            logs[name] += rows[cut : cut + size]
+            cut += size
+    return {name: np.array(rows) for name, rows in logs.items()}, pad
+
+
+def check_leaks(logs: dict[str, np.ndarray]) -> None:
+    """ValueError if a target that was held out stands in a log before its own."""
+    seen = np.array([], dtype=int)
+    for name, rows in logs.items():
+        pairs = rows[:, :1] * 2**32 + rows[:, 1:]  # of a user and an item, as numbers
+        if name in HELD_OUT and np.isin(pairs[:, -1], seen).any():
+            raise ValueError(f"leak: a target of {name} stands in an earlier log")
+        seen = np.append(seen, pairs)
+
+
+def semantic_ids(rated: np.ndarray, pad: int, rng: np.random.Generator) -> np.ndarray:
+    """IDs (items + PAD, 3) from who rated what (R, 2): two clusters and a slot.
+
+    Two items are alike if they were rated together with the same others.
     """
-    ratings = ratings[np.lexsort((ratings[:, 3], ratings[:, 0]))]
-    _, first = np.unique(ratings[:, :2], axis=0, return_index=True)
-    ratings = ratings[np.sort(first)]
-
-    _, user = np.unique(ratings[:, 0], return_inverse=True)
-    liked = ratings[:, 2] >= LIKE
-    likes = np.bincount(user, weights=liked)
-    keep = likes[user] >= MIN_LIKES
-    if not keep.any():
-        raise ValueError(
-            f"too few ratings: none of {len(likes)} users has {MIN_LIKES} likes "
-            f"(ratings of {LIKE:g} or more)"
-        )
-
-    _, user = np.unique(user[keep], return_inverse=True)
-    _, item = np.unique(ratings[keep, 1], return_inverse=True)
-    return user, item, liked[keep]
-
-
-def k_means(points: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
-    """Cluster (N,) of each of N unit vectors (N, D), by cosine; at most k clusters.
-
-    A vector may be zero, as that of an item that nobody rated: any cluster will do.
-    """
-    k = min(k, len(points))
-    centres = points[rng.choice(len(points), k, replace=False)]
-    for _ in range(ROUNDS):
-        nearest = (points @ centres.T).argmax(axis=1)
-        for cluster in range(k):
-            members = points[nearest == cluster]
-            if len(members):  # an empty cluster stays where it is
-                centre = members.sum(axis=0)
-                centres[cluster] = centre / np.linalg.norm(centre).clip(1e-9)
-    return nearest
-
-
-def semantic_ids(
-    user: np.ndarray, item: np.ndarray, items: int, rng: np.random.Generator
-) -> np.ndarray:
-    """IDs (items + 1, 3) from ratings, users (R,) and items (R,); PAD's is last.
-
-    Two items are alike if whoever rated them also rated the same other items. Every
-    level has tokens of its own.
-    """
-    rated = np.zeros((items, user.max() + 1), dtype=np.float32)
-    rated[item, user] = 1
-    count = rated.sum(axis=1)
-
-    # (items, items): the cosine of an item with every other one, as a unit vector
-    together = rated @ rated.T
+    matrix = np.zeros((rated[:, 0].max() + 1, pad), dtype=np.float32)
+    matrix[rated[:, 0], rated[:, 1]] = 1
+    together = matrix.T @ matrix  # (items, items): how many users rated both
+    count = together.diagonal().clip(1)
     np.fill_diagonal(together, 0)
-    profile = together / np.sqrt(np.outer(count, count).clip(1))
+    profile = together / np.sqrt(count)
     profile /= np.linalg.norm(profile, axis=1, keepdims=True).clip(1e-9)
 
-    codes = np.zeros((items + 1, 3), dtype=np.int64)
-    codes[:items, 0] = k_means(profile, CLUSTERS[0], rng)
-    for cluster in range(CLUSTERS[0]):
-        members = np.flatnonzero(codes[:items, 0] == cluster)
-        if len(members):
-            codes[members, 1] = k_means(profile[members], CLUSTERS[1], rng)
+    codes = np.zeros((pad + 1, 3), dtype=int)
+    codes[:pad, 0] = k_means(profile, CLUSTERS[0], rng)
+    for cluster in np.unique(codes[:pad, 0]):
+        members = np.flatnonzero(codes[:pad, 0] == cluster)
+        codes[members, 1] = k_means(profile[members], CLUSTERS[1], rng)
+    for item in range(pad):
+        is_alike = (codes[:item, :2] == codes[item, :2]).all(axis=1)
+        codes[item, 2] = is_alike.sum()  # the next free slot
 
-    filled = np.zeros(CLUSTERS, dtype=np.int64)
-    for number in range(items):
-        leaf = tuple(codes[number, :2])
-        codes[number, 2] = filled[leaf]
-        filled[leaf] += 1
-
-    codes[items] = (CLUSTERS[0], CLUSTERS[1], filled.max())  # PAD: nobody else's codes
-    sizes = codes.max(axis=0) + 1
+    # PAD has nobody else's codes, and every level has its own tokens.
+    codes[pad] = codes.max(axis=0) + 1
+    sizes = codes[pad] + 1
     return codes + np.array([0, sizes[0], sizes[0] + sizes[1]])
 
 
-def kind_of_item(likes: np.ndarray, items: int) -> np.ndarray:
-    """Index into KINDS (items,), from the liked items (R,): thirds of the likes."""
-    count = np.bincount(likes, minlength=items)
-    order = np.argsort(-count, kind="stable")
-    likes_of_better_known = count[order].cumsum() - count[order]
-    third = likes_of_better_known * len(KINDS) // len(likes)
-    kind = np.empty(items, dtype=np.int64)
-    kind[order] = third.clip(max=len(KINDS) - 1)  # never liked: tail
-    return kind
+def k_means(points: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
+    """Cluster (N,) of unit vectors (N, D), by cosine; some of the k may stay empty."""
+    centres = points[rng.permutation(len(points))[:k]]
+    for _ in range(ROUNDS):
+        cluster = (points @ centres.T).argmax(axis=1)
+        centres = np.eye(len(centres), dtype=np.float32)[cluster].T @ points
+        centres /= np.linalg.norm(centres, axis=1, keepdims=True).clip(1e-9)
+    return cluster
 
 
-def split_users(
-    user: np.ndarray, item: np.ndarray, liked: np.ndarray, pad: int
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], np.ndarray]:
-    """Cut every user's ratings, as the module's docstring says; all three are (R,).
-
-    Returns the windows (N, 9) of each split, which are a history and its target; the
-    ranker's log; and which ratings are before the cut (R,), bool.
-    """
-    windows = {"pretrain": [], "posttrain": [], "validation": [], "test": []}
-    feed = {"feed_history": [], "shown": [], "clicked": []}
-    before_cut = np.zeros(len(user), dtype=bool)
-
-    first_ratings = np.flatnonzero(np.diff(user)) + 1
-    for mine in np.split(np.arange(len(user)), first_ratings):
-        likes = mine[liked[mine]]
-        cut = likes[-HELD_OUT]
-        before_cut[mine[0] : cut] = True
-
-        # histories[n]: the last eight of the user's first n likes, PAD to their left
-        padded = np.concatenate([np.full(HISTORY, pad), item[likes]])
-        histories = sliding_window_view(padded, HISTORY)
-
-        # the first like has nothing before it, so it is no target
-        rows = np.column_stack([histories[:-1], item[likes]])
-        windows["pretrain"].append(rows[1:-HELD_OUT])
-        windows["posttrain"].append(rows[-HELD_OUT:-2])
-        windows["validation"].append(rows[-2:-1])
-        windows["test"].append(rows[-1:])
-
-        # a slate ends before the cut, and comes after at least one like
-        starts = np.arange(mine[0], cut - SLATE + 1, STRIDE)
-        starts = starts[starts > likes[0]]
-        likes_before = np.searchsorted(likes, starts)
-        slates = starts[:, None] + np.arange(SLATE)
-        feed["feed_history"].append(histories[likes_before])
-        feed["shown"].append(item[slates])
-        feed["clicked"].append(liked[slates])
-
-    windows = {split: np.concatenate(parts) for split, parts in windows.items()}
-    feed = {name: np.concatenate(parts) for name, parts in feed.items()}
-    return windows, feed, before_cut
+# --------------------------------------------------------------------------- the ranker
 
 
-def make_log(ratings: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-    """The arrays of the module's docstring, by name.
+class Ranker:
+    """What is liked next? A GPT like the policy, but a token is an item; more data."""
 
-    ratings (R, 4): user, item, rating, time. seed: of where k-means starts. Raises
-    ValueError on too few ratings.
-    """
-    user, item, liked = in_order(ratings)
-    items = item.max() + 1
-    windows, feed, before_cut = split_users(user, item, liked, pad=items)
-    if not len(feed["shown"]):
-        raise ValueError(
-            f"too few ratings: no user has {SLATE} between the first like "
-            "and the fifth last"
-        )
+    def __init__(self, shop: SimpleNamespace, config: Config):
+        items = np.arange(len(shop.tokens))[:, None]  # IDs of one token
+        large = SimpleNamespace(tokens=items, pretrain=shop.ranker)
+        config = replace(config, pretrain_epochs=RANKER_PASSES)
+        self.gpt = adagrpo.pretrain(large, config)
 
-    rng = np.random.default_rng(seed)
-    tokens = semantic_ids(user[before_cut], item[before_cut], items, rng)
-    kind = kind_of_item(item[before_cut & liked], items)
-
-    log = {"tokens": tokens, "kinds": np.array(KINDS)} | feed
-    for split, rows in windows.items():
-        log[f"{split}_history"] = rows[:, :HISTORY]
-        log[f"{split}_target"] = rows[:, HISTORY]
-        log[f"{split}_kind"] = kind[rows[:, HISTORY]]
-    return log
+    def click_probability(self, history: Tensor, items: Tensor) -> Tensor:
+        """The score of items (B, K) after histories (B, H): in 0..1, (B, K)."""
+        logp, _ = self.gpt(history)  # (B, H, items)
+        # + 5: a half for an item with a chance of 1 in 150 to be the next
+        return (logp[:, -1].gather(1, items) + 5).sigmoid()
 
 
-def save(path: Path, log: dict[str, np.ndarray]) -> None:
-    """Write the arrays whole or not at all: a draft beside the file takes its place."""
-    path = path.resolve()  # through a link, to the file itself
-    if path.exists() and not path.is_file():
-        raise ValueError("is no regular file")
-    draft = path.with_name(f"{path.name}.{os.getpid()}.draft")
-    try:
-        with draft.open("xb") as file:
-            np.savez_compressed(file, **log)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+# ------------------------------------------------------------------------------ the run
+
+POLICY_PASSES = 10
+RANKER_PASSES = 2
+RESAMPLES = 4000  # of the test users, for the bootstrap
+KEY = ("ratings", "lr", "epochs", "seed", "arm")  # what tells records apart
+
+# Quantiles of Student's t for 95%, 1 to 9 degrees of freedom; 9's value serves beyond.
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+
+# Who gets the GRPO term, and its weight. A random gate admits as many of a batch as the
+# gate, but others. The halves of the gate have the dose of adagrpo-5 (on seed 1).
+ARMS = {
+    "nll": (None, 0.0),
+    "adagrpo-5": (lambda scored, gate: gate.admit, 5.0),
+    "mix-0.3": (lambda scored, gate: torch.ones_like(gate.admit), 0.3),
+    "mix-1": (lambda scored, gate: torch.ones_like(gate.admit), 1.0),
+    "random": (lambda scored, gate: gate.admit[torch.randperm(len(gate.admit))], 5.0),
+    "adagrpo-1": (lambda scored, gate: gate.admit, 1.0),
+    "discriminability": (lambda scored, gate: gate.clear, 4.0),
+    "difficulty": (lambda scored, gate: gate.hard, 1.4),
+}
+
+
+@torch.no_grad()
+def diagnose(policy: Policy, ranker: Ranker, split: Split, config: Config) -> str:
+    """Has the ranker anything to teach, and where?"""
+    history = torch.as_tensor(split.history)
+    target = torch.as_tensor(split.target)
+    scored = adagrpo.roll_out_and_score(policy, ranker, history, target, config)
+    scores = {}
+    for name in ("rewards", "target_reward", "hit", "valid", "logp"):
+        scores[name] = getattr(scored, name).numpy()
+    scores["group_confidence"] = scores["logp"][:, 0]  # of the likeliest rollout
+    scores["group_target"] = np.array(KINDS)[split.kind]
+    return report(scores, config.min_difficulty, config.min_discriminability)
+
+
+def run_seed(shop: SimpleNamespace, config: Config, keys: list, out: Path) -> None:
+    """Train policy and ranker, diagnose them, and append a record for every key."""
+    start = adagrpo.pretrain(shop, config)
+    ranker = Ranker(shop, config)
+    print(diagnose(start, ranker, shop.validation, config), flush=True)
+
+    for key in keys:
+        record = dict(zip(KEY, key, strict=True))
+        policy = copy.deepcopy(start)
+        dose = 0.0
+        if record["arm"] != "before":
+            arm = ARMS[record["arm"]]
+            settings = replace(config, lr=record["lr"])
+            dose = adagrpo.post_train(policy, ranker, shop.posttrain, *arm, settings)
+        validation = adagrpo.evaluate(policy, ranker, shop.validation, config)
+        test = adagrpo.evaluate(policy, ranker, shop.test, config)
+        result = adagrpo.Result(validation, test, dose)
+
+        # Every hit is kept, for the bootstrap.
+        record["hr@10"] = "".join(f"{hit:.0f}" for hit in test["hr@10"])
+        record["fused"] = "".join(f"{hit:.0f}" for hit in result.fused())
+        record["ndcg@10"] = adagrpo.percent(test["ndcg@10"])
+        record["hallucination"] = adagrpo.percent(test["hallucination"])
+        record["validation"] = adagrpo.percent(validation["hr@10"])
+        record["dose"] = dose
+        with out.open("ab", buffering=0) as file:  # one write: lines stay whole
+            file.write(json.dumps(record).encode() + b"\n")
+        print(*key, f"HR@10 {adagrpo.percent(test['hr@10']):.2f}", flush=True)
+
+
+def read_records(path: Path) -> dict[tuple, dict]:
+    """The records of a results file, by what tells them apart."""
+    if not path.exists():
+        return {}
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    return {tuple(record[name] for name in KEY): record for record in records}
+
+
+def hits_of(record: dict, metric: str) -> np.ndarray:
+    """Percent of each user's test targets that were hit (users,); they stand in a row."""
+    hits = np.array(list(record[metric]), dtype=float)
+    return 100 * hits.reshape(-1, HELD_OUT["test"]).mean(1)
+
+
+def over_seeds(gains: np.ndarray) -> float:
+    """Half the 95% interval of the mean of (seeds, users), by Student."""
+    seeds = len(gains)
+    if seeds < 2:
+        return np.nan
+    spread = gains.mean(1).std(ddof=1)
+    return T95[min(seeds - 2, len(T95) - 1)] * spread / np.sqrt(seeds)
+
+
+def over_users(gains: np.ndarray) -> np.ndarray:
+    """Ends of the 95% interval of the mean of (seeds, users), by bootstrap."""
+    gain = gains.mean(0)
+    rng = np.random.default_rng(0)
+    means = [rng.choice(gain, len(gain)).mean() for _ in range(RESAMPLES)]
+    return np.quantile(means, [0.025, 0.975])
+
+
+def compare(runs: dict[int, dict], base: dict[int, dict], metric: str) -> str:
+    """Mean, points over base and intervals; of records by seed, where both have it."""
+    cell = f"{np.mean([hits_of(runs[seed], metric) for seed in runs]):>6.2f}"
+    seeds = runs.keys() & base.keys()
+    if runs is base or not seeds:
+        return f"{cell:<34}"
+    gains = [hits_of(runs[s], metric) - hits_of(base[s], metric) for s in seeds]
+    gains = np.array(gains)
+    low, high = over_users(gains)
+    cell += f" {gains.mean():+.2f} +-{over_seeds(gains):.2f} [{low:+.2f}, {high:+.2f}]"
+    return f"{cell:<34}"
+
+
+def print_tables(records: dict[tuple, dict]) -> None:
+    """All that a file holds, in percent of test targets."""
+    tables = {}
+    for (*setting, seed, arm), record in records.items():
+        arms = tables.setdefault(tuple(setting), {})
+        arms.setdefault(arm, {})[seed] = record
+
+    for (ratings, lr, epochs), arms in tables.items():
+        print(f"\n{ratings}, lr {lr:g}, {epochs} passes. HR@10, and minus nll")
+        print(f"{'':<17} n {'alone':>6}{'fused':>34}{'dose':>34}{'valid.':>7}")
+        for arm, runs in arms.items():
+            alone = compare(runs, arms.get("nll", {}), "hr@10")
+            fused = compare(runs, arms.get("nll", {}), "fused")
+            dose = np.mean([record["dose"] for record in runs.values()])
+            validation = np.mean([record["validation"] for record in runs.values()])
+            print(
+                f"{arm:<17}{len(runs):>2} {alone}{fused}{dose:>6.2f}{validation:>7.2f}"
+            )
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Convert, write, and say what is in the file. A bad file ends with one line."""
-    parser = argparse.ArgumentParser(
-        description="MovieLens ratings -> .npz for adagrpo.py"
-    )
-    parser.add_argument("ratings", type=Path, help="u.data, ratings.dat or the like")
-    parser.add_argument("--out", type=Path, required=True, help="the .npz to write")
-    parser.add_argument("--seed", type=int, default=0, help="of the k-means starts")
-    config = parser.parse_args(argv)
-    if config.out.suffix != ".npz":  # above all, never write over the ratings
-        raise SystemExit(f"movielens.py: --out {config.out}: must end in .npz")
+    """Run what the file lacks, and print the tables."""
+    parser = argparse.ArgumentParser(description="A real log for adagrpo.py.")
+    add = parser.add_argument
+    add("ratings", type=Path, help="u.data, ratings.dat or ml-100k.inter")
+    add("--seeds", type=int, nargs="+", default=[0])
+    add("--arms", nargs="+", choices=["before", *ARMS], default=["before", *ARMS])
+    add("--lr", type=float, nargs="+", default=[Config.lr])
+    add("--epochs", type=int, default=Config.epochs, help="passes of post-training")
+    add("--out", type=Path, default=Path("runs/movielens.jsonl"))
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)  # the tensors are tiny
 
+    path = options.ratings
     try:
-        log = make_log(read_ratings(config.ratings), config.seed)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"movielens.py: {config.ratings}: {error}") from None
-    try:
-        save(config.out, log)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"movielens.py: --out {config.out}: {error}") from None
+        ratings = read_ratings(path)
+        shop = make_shop(ratings, seed=0)
+        path = options.out
+        path.parent.mkdir(parents=True, exist_ok=True)
+        done = read_records(path)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise SystemExit(f"movielens.py: {path}: {error!r}") from None
 
-    items, levels = log["tokens"].shape
-    lines = [f"items      {items - 1:>8}, and PAD; {levels} codes each"]
-    for split in ("pretrain", "posttrain", "validation", "test"):
-        counts = np.bincount(log[f"{split}_kind"], minlength=len(KINDS))
-        head, middle, tail = counts
-        by_kind = f"{head} head, {middle} middle, {tail} tail"
-        lines.append(f"{split:<11}{counts.sum():>8} targets: {by_kind}")
-    slates, width = log["shown"].shape
-    clicks = log["clicked"].mean()
-    lines.append(f"feed       {slates:>8} slates of {width}, {clicks:.0%} clicked")
-    print("\n".join(lines))
+    config = Config(epochs=options.epochs, pretrain_epochs=POLICY_PASSES)
+    for seed in options.seeds:
+        name = [options.ratings.name]
+        keys = product(name, options.lr, [options.epochs], [seed], options.arms)
+        missing = [key for key in keys if key not in done]
+        if missing:
+            shop = make_shop(ratings, seed)
+            run_seed(shop, replace(config, seed=seed), missing, options.out)
+    print_tables(read_records(options.out))
 
 
 if __name__ == "__main__":

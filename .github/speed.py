@@ -28,19 +28,19 @@ def main() -> None:
     shop = make_shop(0, sizes={"posttrain": config.users, "pretrain": 1, "feed": 1})
     policy = adagrpo.Policy(shop.tokens, shop.test.history.shape[1])
     ranker = adagrpo.Ranker(len(shop.tokens))
+    rule, weight = adagrpo.make_arms(config)["adagrpo"]
     arms = {
-        "nll": ("nll", config),
-        "adagrpo, beams": ("adagrpo", config),
-        "adagrpo, draws": ("adagrpo", replace(config, decode="sample")),
+        "nll": (None, config),
+        "adagrpo, beams": (rule, config),
+        "adagrpo, draws": (rule, replace(config, decode="sample")),
     }
 
     seconds = {name: [] for name in arms}
     for _ in tqdm(range(TURNS), leave=False, disable=None):
         for name, (rule, settings) in arms.items():
             start = time.perf_counter()
-            adagrpo.post_train(
-                policy, ranker, shop.posttrain, adagrpo.RULES[rule], 5.0, settings
-            )
+            split = shop.posttrain
+            adagrpo.post_train(policy, ranker, split, rule, weight, settings)
             seconds[name].append((time.perf_counter() - start) / STEPS)
 
     base = statistics.median(seconds["nll"])
