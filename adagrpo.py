@@ -28,8 +28,8 @@ the abstract could be read, so the formulas of the gate are ours.
   (7) loss              mean over samples of NLL + weight * g * GRPO, where
                         NLL = -log policy(y | x)
 
-A hallucination counts in (5), so that GRPO pushes it down; in (3) its 0 would flatter
-the ranker.
+A hallucination counts in (5), so that GRPO pushes it down; in (3) its 0 would lower the
+mean and so raise m.
 
 The program pre-trains a policy on purchases and a ranker on the feed's clicks. Then it
 post-trains copies of the policy by several rules, the arms (NLL alone, a fixed mixture,
@@ -40,10 +40,10 @@ search. The GRPO term then compares these IDs with each other; it is not an unbi
 estimate of the policy gradient. `--decode sample` draws the group instead and sorts it,
 likeliest first.
 
-Left out: a KL term (the NLL is the anchor), several updates per rollout (so that every
-ratio is 1, see `grpo_loss`), and constrained decoding (it would hide hallucinations).
-This is no trainer for your own log: the folder .github has a diagnosis for your models,
-a real log, a recipe for a trainer that you have, and the study behind the README.
+Left out: a KL term (the NLL is the anchor), several updates per rollout (with one,
+every ratio is 1, see `grpo_loss`), and constrained decoding (it would hide
+hallucinations). Not meant for production: the folder .github has a diagnosis for your
+own models, a run on a real log, the gate in an existing trainer, and the study.
 
 Shapes: B samples, G rollouts in each group, L tokens per item, V tokens in the
 vocabulary, T = H * L tokens in the prompt (a history of H items). No tensor names its
@@ -179,7 +179,7 @@ class Policy(nn.Module):
         self,
         tokens: Tensor,  # (B, N)
         sees: Tensor | None = None,  # (B, N, keys) bool: which tokens each one sees
-        cache: list | None = None,  # a KV for each block; its tokens are the first keys
+        cache: list | None = None,  # a KV for each block; its tokens come first in keys
     ) -> tuple[Tensor, list]:
         """Log-probabilities of what follows each token (B, N, V), and the next cache.
 
@@ -191,7 +191,9 @@ class Policy(nn.Module):
         if cache is None:
             cache = [None] * len(self.blocks)
 
-        position = sees.sum(-1) - 1  # a token's place: how many others it sees
+        position = (
+            sees.sum(-1) - 1
+        )  # a token's place: how many others it sees (see `rollout`)
         x = self.embedding(tokens) + self.position(position)  # (B, N, width)
         new_cache = []
         for block, past in zip(self.blocks, cache, strict=True):
@@ -272,8 +274,8 @@ def pretrain(shop: Shop, config: Config) -> Policy:
         next_logp, _ = policy(sequence[:, :-1])  # (B, T + L - 1, V)
         return F.nll_loss(next_logp.flatten(0, 1), sequence[:, 1:].flatten())
 
-    samples = len(sequences)
-    batches = shuffled_batches(samples, config.pretrain_batch, config.pretrain_epochs)
+    N = len(sequences)
+    batches = shuffled_batches(N, config.pretrain_batch, config.pretrain_epochs)
     fit(policy, config.pretrain_lr, batches, loss_of, config, "pre-training")
     return policy
 
@@ -284,8 +286,7 @@ def pretrain(shop: Shop, config: Config) -> Policy:
 class Ranker(nn.Module):
     """A click model: an MLP on the embeddings of user and item and on their product.
 
-    The user is the mean embedding of the history: a bag. This ranker cannot see in
-    which order things were bought.
+    The user is the mean embedding of the history, which has no order.
     """
 
     def __init__(self, items: int, width: int = 32):
@@ -321,9 +322,8 @@ class Ranker(nn.Module):
 def train_ranker(shop: Shop, config: Config) -> Ranker:
     """A ranker trained by binary cross-entropy on the feed's slates and their clicks.
 
-    A slate is what one user was shown, S items. A few random items of the catalogue
-    join it as "not clicked": they are all that the ranker learns about items that the
-    feed hides.
+    A slate is what one user was shown, S items. A few random items join it as "not
+    clicked": all that the ranker learns about items that the feed hides.
     """
     torch.manual_seed(config.seed)
     items = len(shop.tokens)
@@ -369,13 +369,13 @@ def rollout(
     """Eq. (1): a group of IDs for each prompt, likeliest first.
 
     prompt (B, T), decode "beam" or "sample" -> tokens (B, G, L) and log-probabilities
-    (B, G), which carry the gradient. Nothing constrains the tokens.
+    (B, G) with their gradient, so that no second forward pass is needed. Nothing
+    constrains the tokens.
 
     Each rollout is a branch that grows by one token per level. The prompt is encoded
-    once, all branches of a level go through the policy side by side, and a mask keeps
-    them apart: a branch sees the prompt and its own tokens. (To give every branch a
-    copy of the cache instead is two to three times slower.) With 3 branches, at the
-    second level:
+    once, all branches go through the policy side by side, and a mask keeps them apart:
+    a branch sees the prompt and its own tokens. (A copy of the cache for each branch
+    is two to three times slower.) With 3 branches, at the second level:
 
                         sees:  prompt   level 1   level 2
                                x x x     a b c     d e f
@@ -389,8 +389,7 @@ def rollout(
     L = policy.item_tokens.shape[1]
     row = torch.arange(B)[:, None]  # x[row, parent] picks branches of each sample
 
-    # A beam search starts from a single branch that has written nothing; drawing starts
-    # from G of them. Q is the number of branches.
+    # Beam search starts from one empty branch, drawing from G. Q counts the branches.
     Q = 1
     if decode == "sample":
         Q = group
@@ -423,7 +422,7 @@ def rollout(
             sees = torch.cat([sees[row, parent], itself], dim=2)
             next_logp, cache = policy(token, sees, cache)
 
-    # topk has put the beams in order, draws come in none.
+    # topk has sorted the beams; draws have still to be sorted.
     if decode == "sample":
         order = total.argsort(dim=1, descending=True)
         tokens = tokens[row, order]
@@ -471,15 +470,16 @@ def adagrpo_gate(
 
     A row is the group of one prompt. If its columns have no order (ranked=False), the
     difficulty is the share of misses: choose its threshold anew. Scores may be
-    probabilities or logits. An ID that was drawn twice counts twice. A score that is
-    not finite, and a group without a valid negative, close the gate.
+    probabilities or logits (then give a hallucination less than 0 before eq. 5). An ID
+    that was drawn twice counts twice. A score that is not finite, and a group without a
+    valid negative, close the gate.
 
     Raises ValueError for shapes that do not fit, TypeError for masks that are not bool.
     Source: diagnostics and 0/1 gate are the paper's (abstract), these formulas ours.
     """
     shape = rollout_rewards.shape  # (B, G)
-    is_pair = len(shape) == 2 and hit.shape == valid.shape == shape
-    if not is_pair or target_reward.shape != shape[:1]:
+    fits = len(shape) == 2 and hit.shape == valid.shape == shape
+    if not fits or target_reward.shape != shape[:1]:
         raise ValueError(
             "target_reward must be (B,), and rollout_rewards, hit, valid (B, G), got "
             f"{[tuple(x.shape) for x in (target_reward, rollout_rewards, hit, valid)]}"
@@ -512,10 +512,9 @@ def adagrpo_gate(
 def group_advantages(rewards: Tensor) -> Tensor:
     """Eq. (5): rewards (B, G) -> standardised in each group (B, G), without gradient.
 
-    A flat group gets exactly 0, up to rounding: a spread below a millionth of the
-    largest reward counts as flat. So does a group with a reward that is not finite.
-    Source: GRPO, with the population standard deviation; the care for flat groups is
-    ours.
+    A group that is flat up to rounding (its spread is below a millionth of its largest
+    reward) gets exactly 0, and so does one with a reward that is not finite. Source:
+    GRPO, with the population standard deviation; the care for flat groups is ours.
     """
     rewards = rewards.detach().float()
     centred = rewards - rewards.mean(1, keepdim=True)
@@ -557,7 +556,7 @@ def adagrpo_loss(nll: Tensor, grpo: Tensor, admit: Tensor, weight: float) -> Ten
 class Scored(NamedTuple):
     """The groups that the policy wrote for some samples, and the ranker's scores."""
 
-    history: Tensor  # (B, H) item numbers of the samples
+    history: Tensor  # (B, H) item numbers of the samples; only .github/study.py asks
     tokens: Tensor  # (B, G, L) the rollouts, likeliest first
     logp: Tensor  # (B, G) their log-probabilities, with gradient
     items: Tensor  # (B, G) the items that they name, -1 for a hallucination
@@ -597,17 +596,16 @@ def gate_of(scored: Scored, config: Config) -> Gate:
     )
 
 
-# A rule says which samples of a batch get the GRPO term, (B,) bool. The rules below ask
-# the gate; those of .github/study.py ask other things of what was scored.
+# A rule says which samples of a batch get the GRPO term, (B,) bool. Those below ask the
+# gate alone; more rules, in .github/study.py, ask what was scored.
 Rule = Callable[[Scored, Gate], Tensor]
 
 
 def make_arms(config: Config) -> dict[str, tuple[Rule | None, float]]:
     """The arms by name: a rule, and the weight of GRPO where the rule admits it.
 
-    Compare arms by their dose, weight times the share of samples that get GRPO. The two
-    halves of the gate have weights that give them about the dose of adagrpo, measured
-    at the default settings.
+    Compare arms by their dose, weight times the share of samples that get GRPO: at the
+    default settings the two halves of the gate have about that of adagrpo.
     """
     return {
         "nll": (None, 0.0),  # no GRPO, so nothing has to be rolled out
@@ -712,11 +710,11 @@ def evaluate(policy: Policy, ranker: Ranker, split: Split, config: Config) -> Me
     ndcg@10            1 / log2(1 + rank of the target); 0 if it is not in the first 10
     hallucination      share of the 10 likeliest rollouts that name no item
     hr@10 fused        (N, W) hr@10 of the fused order, for each of FUSION_WEIGHTS
-    confidence         log-probability of the likeliest rollout
+    confidence         log-probability of the likeliest rollout, for .github/study.py
     auc in group       share of the group's negatives that the ranker puts below the
                        target; nan without a negative
     hard, clear, admit bool, of the gate
-    items              (N, 32) the rollouts, likeliest first; -1 for a hallucination
+    items              (N, 32) the rollouts, -1 for a hallucination; for the study, too
     """
     beams = replace(config, group=BEAMS, decode="beam")
     batches = []
@@ -724,7 +722,7 @@ def evaluate(policy: Policy, ranker: Ranker, split: Split, config: Config) -> Me
         history = torch.as_tensor(split.history[start : start + 128])
         target = torch.as_tensor(split.target[start : start + 128])
         batches.append(roll_out_and_score(policy, ranker, history, target, beams))
-    columns = zip(*batches, strict=True)  # a list of Scored -> one with N rows
+    columns = zip(*batches, strict=True)  # for each field of Scored, all its batches
     scored = Scored(*[torch.cat(column) for column in columns])
 
     hit = scored.hit.float()  # (N, 32)
@@ -821,15 +819,15 @@ def print_examples(
     shop: Shop, policy: Policy, ranker: Ranker, before: Metrics, config: Config
 ) -> None:
     """What the gate sees: the groups of three test users, one of each kind."""
-    print("\nWhat the gate sees: five likeliest IDs and the one of highest reward, for")
     print(
-        "the first test user of each kind whom the gate treats like most of the kind."
+        "\nWhat the gate sees in 32 beams, the five likeliest and the best-scored one:"
     )
+    print("the first test user of each kind whom it treats like most of the kind.")
     beams = replace(config, group=BEAMS, decode="beam")
     for number, kind in enumerate(shop.kinds):
         mask = shop.test.kind == number
-        is_usual = before["admit"] == (before["admit"][mask].mean() > 0.5)
-        user = int((mask & is_usual).argmax())  # the first
+        most = before["admit"][mask].mean() > 0.5  # are most of them admitted?
+        user = int((mask & (before["admit"] == most)).argmax())  # the first of those
         history = torch.as_tensor(shop.test.history[user : user + 1])  # (1, H)
         target = torch.as_tensor(shop.test.target[user : user + 1])  # (1,)
         scored = roll_out_and_score(policy, ranker, history, target, beams)
@@ -857,8 +855,13 @@ def name_of(tokens: Tensor) -> str:
 
 def print_results(shop: Shop, before: Result, results: dict[str, Result]) -> None:
     """Two tables of test users: the arms by metric, and their gains by group."""
-    print("\nResults on test users, percent. fused: with the ranker's help at every")
-    print("request. Compare adagrpo alone with nll fused. Tune by the last column.")
+    print(
+        "\nResults on test users, percent. fused: with the ranker at every request and"
+    )
+    print(
+        "this w. adagrpo alone has to be compared with nll fused. dose: weight * share"
+    )
+    print("of samples that got GRPO. Tune by the last column.")
     rows = {}
     for arm, result in {"before": before, **results}.items():
         rows[arm] = {
@@ -893,7 +896,7 @@ def command_line(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
     add = parser.add_argument
     names = list(make_arms(Config()))
     arms = ["nll", "mix-1", "adagrpo"]
-    add("--arms", nargs="+", choices=names, default=arms, help="first: the yardstick")
+    add("--arms", nargs="+", choices=names, default=arms, help="the first is the base")
     add("--device", default="cpu", help="cpu, cuda or mps")
     add("--save", type=Path, metavar="FOLDER", help="where the policies are saved")
     for field in fields(Config):
@@ -908,7 +911,7 @@ def command_line(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
         parser.error(f"argument --group: must be at least 2, got {config.group}")
     try:
         torch.empty(0, device=options.device)
-    except (AssertionError, RuntimeError) as error:
+    except (AssertionError, RuntimeError) as error:  # a torch without CUDA asserts
         parser.error(f"argument --device: {error}")
     return config, options
 

@@ -194,22 +194,16 @@ def test_the_gates_arguments_have_names_and_no_defaults():
         assert parameter.default is inspect.Parameter.empty
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "error", "given"),
-    [
-        ("target_reward", torch.zeros(3), ValueError, "(3,)"),
-        ("rollout_rewards", torch.zeros(8), ValueError, "(8,)"),
-        ("hit", torch.zeros(2, 3, dtype=torch.bool), ValueError, "(2, 3)"),
-        ("valid", torch.ones(2, dtype=torch.bool), ValueError, "(2,)"),
-        ("hit", torch.zeros(2, 4), TypeError, "float32"),
-        ("valid", torch.ones(2, 4, dtype=torch.long), TypeError, "int64"),
-    ],
-)
-def test_the_gate_names_a_bad_argument_and_what_was_given(name, value, error, given):
-    with pytest.raises(error) as raised:
-        adagrpo_gate(**(GOOD_GATE | {name: value}))
-    assert name in str(raised.value)
-    assert given in str(raised.value)
+@pytest.mark.parametrize("name", ["target_reward", "rollout_rewards", "hit", "valid"])
+def test_the_gate_names_a_bad_argument_and_what_was_given(name):
+    good = GOOD_GATE[name]
+    for bad in (good[:1], good[None], good[..., None]):
+        with pytest.raises(ValueError, match=name) as error:
+            adagrpo_gate(**(GOOD_GATE | {name: bad}))
+        assert str(tuple(bad.shape)) in str(error.value)
+    if good.dtype == torch.bool:
+        with pytest.raises(TypeError, match=f"{name}.*float32"):
+            adagrpo_gate(**(GOOD_GATE | {name: good.float()}))
 
 
 # ------------------------------------------------------------------------- advantages
@@ -242,36 +236,23 @@ def test_advantages_against_numpy_in_any_unit(dtype, unit):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("level", [0.0, 1e-7, 0.1, -0.7, 10.1, 1000.1, 6e4])
 def test_a_flat_group_gets_exactly_zero_at_any_level(level, dtype):
+    """Up to rounding: the next float32 is 1.2e-7 of the level away, or less."""
     for group in range(2, 34):
         rewards = torch.full((3, group), level, dtype=dtype)
         assert group_advantages(rewards).eq(0).all(), group
 
-
-@pytest.mark.parametrize("level", [1e-7, 0.3, -1000.1, 1e7])
-def test_a_group_is_flat_up_to_rounding(level):
-    """The next float32 is at most 1.2e-7 of the level away."""
-    first = torch.tensor(level)
-    second = torch.nextafter(first, torch.tensor(INF))
-    rewards = torch.stack([first, second, second, first])[None]
-    assert group_advantages(rewards).eq(0).all()
+    rounded = torch.full((3, 8), level)
+    rounded[:, ::3] = torch.nextafter(rounded, torch.tensor(INF))[:, ::3]
+    assert group_advantages(rounded).eq(0).all()
 
 
-@pytest.mark.parametrize(
-    ("level", "step", "dtype"),
-    [
-        (0.5, 2**-18, torch.float32),
-        (-1000, 2**-7, torch.float32),
-        (0, 1e-7, torch.float32),
-        (1000, 0.5, torch.float16),
-        (1, 2**-7, torch.bfloat16),
-    ],
-)
-def test_a_tiny_but_real_spread_counts(level, step, dtype):
+def test_a_tiny_but_real_spread_counts():
     """Rewards of 1, 3, 2, 9 steps above a level that is far higher."""
-    steps = torch.tensor([[1, 3, 2, 9]], dtype=torch.float64)
-    rewards = (level + step * steps).to(dtype)
-    expected = advantages_by_numpy(rewards)
-    assert_close(group_advantages(rewards).double(), expected, rtol=1e-2, atol=1e-2)
+    steps = torch.tensor([[1, 3, 2, 9]])
+    half = (1000 + 0.5 * steps).half()
+    for rewards in (0.5 + 2**-18 * steps, -1000 + 2**-7 * steps, 1e-9 * steps, half):
+        expected = advantages_by_numpy(rewards).float()
+        assert_close(group_advantages(rewards), expected, rtol=1e-2, atol=1e-2)
 
 
 # -------------------------------------------------------------------------- the losses
@@ -288,18 +269,13 @@ def test_the_clipped_surrogate_by_hand():
     assert loss.tolist() == pytest.approx([-2.4, 3.0, -1.0, 1.6])
 
 
-@pytest.mark.parametrize(
-    "admit",
-    [[1, 0, 1, 0, 1], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]],
-    ids=["some", "none: NLL alone", "all: a fixed mixture"],
-)
-def test_loss_and_gradient_against_a_slow_loop(admit):
+def test_loss_and_gradient_against_a_slow_loop():
     torch.manual_seed(2)
     nll = torch.rand(5, requires_grad=True)
     logp = torch.randn(5, 4, requires_grad=True)
     old_logp = logp.detach() + 0.3 * torch.randn(5, 4)
     advantages = torch.randn(5, 4)
-    admit = torch.tensor(admit).bool()
+    admit = torch.tensor([True, False, True, False, True])
     grpo = grpo_loss(logp, old_logp, advantages, clip=0.1)
     fast = adagrpo_loss(nll, grpo, admit, weight=0.7)
 
@@ -315,10 +291,9 @@ def test_loss_and_gradient_against_a_slow_loop(admit):
 
     assert_close(fast, slow)
     inputs = (nll, logp)
-    fast_gradients = torch.autograd.grad(fast, inputs, materialize_grads=True)
-    slow_gradients = torch.autograd.grad(slow, inputs, materialize_grads=True)
-    assert_close(fast_gradients, slow_gradients)
-    assert fast_gradients[1][~admit].eq(0).all()
+    gradients = torch.autograd.grad(fast, inputs)
+    assert_close(gradients, torch.autograd.grad(slow, inputs))
+    assert gradients[1][~admit].eq(0).all()
 
 
 def test_with_one_update_per_rollout_the_loss_is_zero_and_its_gradient_is_not():
@@ -435,25 +410,16 @@ def test_the_policy_is_causal_and_gives_probabilities():
 
 
 def test_the_order_of_purchases_matters_to_the_policy():
-    policy = tiny_policy()
-    one, _ = policy(policy.prompt(torch.tensor([[0, 1, 2]])))
-    other, _ = policy(policy.prompt(torch.tensor([[1, 0, 2]])))
-    assert not torch.allclose(one[:, -1], other[:, -1])
-
-
-@pytest.mark.parametrize("levels", [1, 3, 4])
-def test_log_prob_sums_over_the_tokens_of_an_item(levels):
-    policy = tiny_policy(levels)
-    prompt = prompts_of(policy, 6)
-    item = torch.randint(5, (6, levels))
-    expected = slow_log_prob(policy, prompt, item)
-    assert_close(adagrpo.log_prob(policy, prompt, item), expected)
+    one, other = tiny_policy()(torch.tensor([[1, 2, 0], [2, 1, 0]]))[0]
+    assert not torch.allclose(one[-1], other[-1])
 
 
 @pytest.mark.parametrize("decode", ["beam", "sample"])
 @pytest.mark.parametrize("levels", [1, 2, 3, 4])
 def test_rollouts_match_plain_forwards(decode, levels):
-    """Every rollout again, alone after its prompt: same log-prob and gradient."""
+    """Every rollout again, alone after its prompt: same log-prob (also by `log_prob`),
+    same gradient.
+    """
     policy = tiny_policy(levels)
     prompt = prompts_of(policy, 3)
     tokens, logp = adagrpo.rollout(policy, prompt, 5, decode)
@@ -463,6 +429,7 @@ def test_rollouts_match_plain_forwards(decode, levels):
     plain = [slow_log_prob(policy, prompt, tokens[:, i]) for i in range(5)]
     plain = torch.stack(plain, dim=1)
     assert_close(logp, plain)
+    assert_close(adagrpo.log_prob(policy, prompt, tokens[:, 2]), plain[:, 2])
 
     weights = torch.randn(3, 5)
     inputs = list(policy.parameters())
@@ -693,15 +660,12 @@ def test_a_group_holds_what_the_policy_wrote_and_what_the_ranker_says():
     score = ranker(history, every).sigmoid().tolist()
     items = policy.item_tokens.tolist()
     for b, i in itertools.product(range(25), range(10)):
-        item = -1
-        reward = 0.0
+        found = (scored.items, scored.valid, scored.hit, scored.rewards)
+        expected = [-1, False, False, 0.0]
         if scored.tokens[b, i].tolist() in items:
             item = items.index(scored.tokens[b, i].tolist())
-            reward = score[b][item]
-        assert scored.items[b, i] == item
-        assert scored.valid[b, i] == (item >= 0)
-        assert scored.hit[b, i] == (item == target[b])
-        assert scored.rewards[b, i].item() == pytest.approx(reward, abs=1e-6)
+            expected = [item, True, item == target[b], score[b][item]]
+        assert [x[b, i].item() for x in found] == pytest.approx(expected)
     expected = [row[own] for row, own in zip(score, target.tolist(), strict=True)]
     assert scored.target_reward.tolist() == pytest.approx(expected, abs=1e-6)
     assert not scored.valid.all() and scored.hit.any()
@@ -717,36 +681,24 @@ def train(policy, ranker, arm="adagrpo", label=None, weight=None, **settings) ->
     return adagrpo.post_train(policy, ranker, users, rule, weight, config, label)
 
 
-def test_nll_alone_rolls_nothing_out_and_asks_no_ranker(monkeypatch):
-    monkeypatch.setattr(adagrpo, "rollout", None)  # a call would fail
-    policy, _ = tiny_models()
-    before = weights_of(policy)
-    assert train(policy, ranker=None, arm="nll") == 0
-    assert not torch.equal(weights_of(policy), before)
-
-
-def test_a_mixture_of_weight_zero_is_nll_alone():
-    trained = []
-    for arm in ("nll", "mix-1"):
-        policy, ranker = tiny_models()
-        train(policy, ranker, arm, weight=0.0, epochs=2)
-        trained.append(weights_of(policy))
-    assert_close(*trained)
-
-
 def test_no_gradient_reaches_the_ranker():
     policy, ranker = tiny_models()
     train(policy, ranker, "mix-1")
     assert all(parameter.grad is None for parameter in ranker.parameters())
 
 
-def test_a_ranker_of_nan_leaves_the_policy_its_nll():
-    trained = []
-    for arm in ("nll", "mix-1"):
-        policy, _ = tiny_models()
-        train(policy, Table([NAN] * 12), arm)
-        trained.append(weights_of(policy))
-    assert_close(*trained)
+def test_nll_alone_is_what_weight_zero_or_a_ranker_of_nan_leave(monkeypatch):
+    """The arm nll asks no ranker, and rolls nothing out."""
+    alone, _ = tiny_models()
+    start = weights_of(alone)
+    with monkeypatch.context() as patch:
+        patch.setattr(adagrpo, "rollout", None)  # a call would fail
+        assert train(alone, None, "nll", epochs=2) == 0
+    assert not torch.equal(weights_of(alone), start)
+    for ranker, weight in ((Table([0.1, 0.9] * 6), 0.0), (Table([NAN] * 12), 1.0)):
+        other, _ = tiny_models()
+        train(other, ranker, "mix-1", weight=weight, epochs=2)
+        assert_close(weights_of(other), weights_of(alone))
 
 
 @pytest.mark.parametrize("arm", ["nll", "adagrpo"])
@@ -934,11 +886,9 @@ def test_the_fusion_weight_is_picked_on_validation_users_and_not_on_the_test():
 def test_evaluation_draws_nothing_and_trains_nothing():
     policy, ranker = tiny_models()
     before = weights_of(policy)
-    torch_state = torch.get_rng_state()
-    numpy_state = np.random.get_state()[1].tolist()
+    state = torch.get_rng_state()
     adagrpo.evaluate(policy, ranker, tiny_shop().test, Config(decode="sample"))
-    assert torch.equal(torch.get_rng_state(), torch_state)
-    assert np.random.get_state()[1].tolist() == numpy_state
+    assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(weights_of(policy), before)
 
 
@@ -968,17 +918,10 @@ def known_result(ones: int, dose: float) -> Result:
     """HR@10 of ones / 25. The third fusion weight is the best on validation users, and
     gives two users more of the test.
     """
-    test = {
-        "hr@10": shares(ones),
-        "ndcg@10": shares(ones - 1),
-        "hallucination": shares(1),
-        "confidence": np.arange(25.0),
-        "hr@10 fused": np.stack([shares(ones)] * 2 + [shares(ones + 2)] * 5, axis=1),
-        "auc in group": shares(15),
-        "hard": shares(14),
-        "clear": shares(13),
-        "admit": shares(12),
-    }
+    test = {"auc in group": shares(15), "hard": shares(14), "clear": shares(13)}
+    test |= {"admit": shares(12), "hallucination": shares(1)}
+    test |= {"hr@10": shares(ones), "ndcg@10": shares(ones - 1)}
+    test["hr@10 fused"] = np.stack([shares(1)] * 2 + [shares(ones + 2)] * 5, axis=1)
     fused = np.stack([shares(3), shares(5), shares(20), *[shares(4)] * 4], axis=1)
     return Result({"hr@10": shares(ones + 3), "hr@10 fused": fused}, test, dose)
 
@@ -1000,10 +943,6 @@ def test_the_tables_by_hand(capsys):
         ["", "users", "hr@10", "fused", "auc in group", "hard", "clear", "admit"],
         ["all", "25", "32.0", "40.0", "60.0", "56.0", "52.0", "48.0"],
         ["head", "12", "66.7", "83.3", "100.0", "100.0", "100.0", "100.0"],
-        [
-            *["", "hr@10", "fused", "w", "ndcg@10", "hallucination", "dose"],
-            "validation hr@10",
-        ],
         ["before", "32.00", "40.00", "2", "28.00", "4.00", "0.00", "44.00"],
         ["nll", "40.00", "48.00", "2", "36.00", "4.00", "0.00", "52.00"],
         ["adagrpo", "48.00", "56.00", "2", "44.00", "4.00", "1.25", "60.00"],
@@ -1104,8 +1043,8 @@ def test_trainings_leave_nothing_on_the_cpu(on_meta, monkeypatch):
 
 # ----------------------------------------------------------------------- the toy's data
 
-SMALL = {"pretrain": 8000, "posttrain": 200, "validation": 100, "test": 800}
-SMALL |= {"feed": 40_000}
+SMALL = {"pretrain": 8000, "posttrain": 200, "validation": 99, "test": 800}
+SMALL["feed"] = 40_000
 
 
 @pytest.fixture(scope="module")
@@ -1129,14 +1068,12 @@ def purchases_of(split: Split) -> np.ndarray:
     return np.column_stack([split.history, split.target])
 
 
-def test_ids_are_unique_and_every_level_has_tokens_of_its_own(shop):
-    assert len({tuple(item) for item in shop.tokens}) == toy_data.ITEMS
-    assert (shop.tokens.min(0) >= [0, 16, 24]).all()
-    assert (shop.tokens.max(0) < [16, 24, 88]).all()
-
-
 def test_nothing_comes_twice(shop):
-    """No item in a user's purchases or in a slate, and no user in two splits."""
+    """No ID, no token in two levels, no item in a user's purchases or in a slate, and
+    no user in two splits.
+    """
+    assert len({tuple(item) for item in shop.tokens}) == toy_data.ITEMS
+    assert (shop.tokens.max(0)[:2] < shop.tokens.min(0)[1:]).all()
     bought = [purchases_of(split) for split in splits_of(shop).values()]
     for rows in (*bought, shop.shown):
         assert (np.diff(np.sort(rows, axis=1), axis=1) > 0).all()
@@ -1145,24 +1082,26 @@ def test_nothing_comes_twice(shop):
     assert len(set(users)) == len(users)
 
 
+def assert_same_users(one: Shop, other: Shop, but: str = "") -> None:
+    for name, split in splits_of(one).items():
+        if name != but:
+            expected = purchases_of(splits_of(other)[name])
+            assert np.array_equal(purchases_of(split), expected), name
+
+
 @pytest.mark.parametrize("changed", list(SMALL))
 def test_a_split_does_not_depend_on_the_sizes_of_others(changed):
     sizes = dict.fromkeys(SMALL, 20)
     one = make_shop(3, sizes=sizes)
     other = make_shop(3, sizes=sizes | {changed: 30})
-    for name, split in splits_of(one).items():
-        if name != changed:
-            expected = purchases_of(splits_of(other)[name])
-            assert np.array_equal(purchases_of(split), expected), name
+    assert_same_users(one, other, but=changed)
     if changed != "feed":
         assert np.array_equal(one.shown, other.shown)
         assert np.array_equal(one.clicked, other.clicked)
 
 
 def test_the_bias_touches_what_the_feed_shows_and_nothing_else(shop, fair_shop):
-    for name, split in splits_of(shop).items():
-        expected = purchases_of(splits_of(fair_shop)[name])
-        assert np.array_equal(purchases_of(split), expected), name
+    assert_same_users(shop, fair_shop)
     assert np.array_equal(shop.feed_history, fair_shop.feed_history)
     assert not np.array_equal(shop.shown, fair_shop.shown)
 
@@ -1203,15 +1142,12 @@ def test_only_trend_items_change_with_the_season():
     rng = np.random.default_rng(0)
     catalogue = toy_data.make_catalogue(rng)
     draws = [toy_data.make_qualities(rng, catalogue) for _ in range(20)]
-    old, new = np.stack(draws, axis=1)  # (20, items) each
     is_trend = catalogue.kind == "trend"
-    assert (old[:, ~is_trend] == new[:, ~is_trend]).all()
-
-    old, new = old[:, is_trend].ravel(), new[:, is_trend].ravel()
-    error = 1 / math.sqrt(len(old))
-    assert np.corrcoef(old, new)[0, 1] == pytest.approx(0.5, abs=5 * error)
-    for quality in (old, new):
-        assert quality.std() == pytest.approx(0.19, rel=5 * error / math.sqrt(2))
+    for last, this in draws:
+        assert (last[~is_trend] == this[~is_trend]).all()
+    last, this = np.stack(draws, axis=1)[:, :, is_trend].reshape(2, -1)
+    assert np.corrcoef(last, this)[0, 1] == pytest.approx(0.5, abs=0.05)
+    assert [last.std(), this.std()] == pytest.approx([0.19, 0.19], rel=0.03)
 
 
 @pytest.mark.parametrize(
@@ -1315,20 +1251,19 @@ def test_without_order_the_series_is_no_longer_easy(shop, before):
     assert 100 * metrics["hard"].mean() > by_kind(shop, before["hard"])[SERIES] + 15
 
 
-def test_the_printed_groups_are_of_the_first_user_of_each_kind(
+def test_the_printed_groups_are_of_users_like_most_of_their_kind(
     shop, policy, ranker, before, capsys
 ):
-    adagrpo.print_examples(shop, policy, ranker, Config())
-    printed = capsys.readouterr().out
-    first = [list(shop.test.kind).index(kind) for kind in range(3)]
-    targets = ["-".join(map(str, shop.tokens[shop.test.target[u]])) for u in first]
-    assert re.findall(r"target (\S+)", printed) == targets
-    admitted = [str(before["admit"][user]) for user in first]
-    assert re.findall(r"admitted: (\w+)", printed) == admitted
-    for group in re.split(r"; last bought ", printed)[1:]:
+    adagrpo.print_examples(shop, policy, ranker, before, Config())
+    _, *groups = capsys.readouterr().out.split("; last bought ")
+    for number, group in enumerate(groups):
+        usual = bool(before["admit"][shop.test.kind == number].mean() > 0.5)
+        is_usual = (before["admit"] == usual) & (shop.test.kind == number)
+        target = shop.tokens[shop.test.target[is_usual.argmax()]]
+        assert f"target {'-'.join(map(str, target))} " in group
+        assert f"admitted: {usual}" in group
         *rewards, _ = map(float, re.findall(r"reward (\S+)", group))
-        assert len(rewards) in (5, 6)
-        assert rewards[5:] in ([], [max(rewards)])
+        assert max(rewards) in (rewards[-1], *rewards[:5])
 
 
 # ------------------------------------------------------------------------- the command

@@ -51,8 +51,8 @@ KINDS = ("trend", "series", "niche")
 CATEGORY_KIND = ["niche"] * 3 + ["series"] * 3 + ["trend"] * 10  # 10 of 16 are trend
 
 TASTE_DIM = 8  # tastes and items are vectors of length 1 in this many dimensions
-# Niche categories lie at plus this on the first axis, the others at minus this, far
-# from them (before their length is made 1).
+# First coordinate of a category's centre before its length is made 1: plus this for
+# niche, minus this for the others, far from it.
 NICHE_DISTANCE = 2.5
 SUBCATEGORY_SPREAD = 0.3  # of sub-categories around their category's centre
 ITEM_SPREAD = 0.2  # of items around the middle of their sub-category
@@ -63,7 +63,7 @@ QUALITY_SPREAD = {"trend": 0.19, "series": 0.15, "niche": 0.15}
 SEASON_CORRELATION = 0.5  # between last season's quality of a trend item and this one's
 
 SHARPNESS = 12.0  # purchases ~ softmax(SHARPNESS * appeal), over shown and hidden items
-HOME_BONUS = 1.0  # for series users, on the appeal of their home category's items
+HOME_BONUS = 1.0  # series users, purchases only: on the appeal of home category's items
 # Series purchases are sorted by item number plus noise of this standard deviation; a
 # category has about 62 numbers.
 ORDER_NOISE = 15.0
@@ -270,8 +270,8 @@ def show_feed(
 def random_streams(seed: int) -> dict[str, np.random.Generator]:
     """A random stream for every part of the shop.
 
-    So neither the bias nor the size of one split changes another. "feed" draws the
-    feed's users, "feed_slates" what they see and click.
+    So another bias, or another size of a split, leaves all other splits as they are.
+    "feed" draws the feed's users, "feed_slates" what they see and click.
     """
     names = ["catalogue", "feed_slates", *SIZES]
     streams = np.random.default_rng(seed).spawn(len(names))

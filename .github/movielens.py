@@ -32,7 +32,6 @@ import copy
 import json
 import sys
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,9 +40,10 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from diagnose import report
+
 import adagrpo
 from adagrpo import Config, Policy
-from diagnose import report
 from toy_data import Split
 
 # ----------------------------------------------------------------------------- the data
@@ -64,6 +64,8 @@ def read_ratings(path: Path) -> np.ndarray:
     lines = text.replace("::", "\t").splitlines()
     if lines and lines[0].startswith("user"):
         del lines[0]
+    if not lines:
+        raise ValueError("it holds no ratings")
     ratings = np.loadtxt(lines, delimiter="\t", ndmin=2)
     if ratings.shape[1] != 4 or not np.isfinite(ratings).all():
         raise ValueError("a line must be user, item, rating and time")
@@ -203,7 +205,7 @@ KEY = ("ratings", "lr", "epochs", "seed", "arm")  # what tells records apart
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 
 # Who gets the GRPO term, and its weight. A random gate admits as many of a batch as the
-# gate, but others. The halves of the gate have the dose of adagrpo-5 (on seed 1).
+# gate, but others. The halves of the gate have the dose of adagrpo-5 (seed 1).
 ARMS = {
     "nll": (None, 0.0),
     "adagrpo-5": (lambda scored, gate: gate.admit, 5.0),
@@ -211,8 +213,8 @@ ARMS = {
     "mix-1": (lambda scored, gate: torch.ones_like(gate.admit), 1.0),
     "random": (lambda scored, gate: gate.admit[torch.randperm(len(gate.admit))], 5.0),
     "adagrpo-1": (lambda scored, gate: gate.admit, 1.0),
-    "discriminability": (lambda scored, gate: gate.clear, 4.0),
-    "difficulty": (lambda scored, gate: gate.hard, 1.4),
+    "discriminability": (lambda scored, gate: gate.clear, 3.0),
+    "difficulty": (lambda scored, gate: gate.hard, 1.1),
 }
 
 
@@ -242,8 +244,7 @@ def run_seed(shop: SimpleNamespace, config: Config, keys: list, out: Path) -> No
         dose = 0.0
         if record["arm"] != "before":
             arm = ARMS[record["arm"]]
-            settings = replace(config, lr=record["lr"])
-            dose = adagrpo.post_train(policy, ranker, shop.posttrain, *arm, settings)
+            dose = adagrpo.post_train(policy, ranker, shop.posttrain, *arm, config)
         validation = adagrpo.evaluate(policy, ranker, shop.validation, config)
         test = adagrpo.evaluate(policy, ranker, shop.test, config)
         result = adagrpo.Result(validation, test, dose)
@@ -262,8 +263,6 @@ def run_seed(shop: SimpleNamespace, config: Config, keys: list, out: Path) -> No
 
 def read_records(path: Path) -> dict[tuple, dict]:
     """The records of a results file, by what tells them apart."""
-    if not path.exists():
-        return {}
     records = [json.loads(line) for line in path.read_text().splitlines()]
     return {tuple(record[name] for name in KEY): record for record in records}
 
@@ -292,15 +291,16 @@ def over_users(gains: np.ndarray) -> np.ndarray:
 
 
 def compare(runs: dict[int, dict], base: dict[int, dict], metric: str) -> str:
-    """Mean, points over base and intervals; of records by seed, where both have it."""
-    cell = f"{np.mean([hits_of(runs[seed], metric) for seed in runs]):>6.2f}"
-    seeds = runs.keys() & base.keys()
-    if runs is base or not seeds:
-        return f"{cell:<34}"
-    gains = [hits_of(runs[s], metric) - hits_of(base[s], metric) for s in seeds]
-    gains = np.array(gains)
-    low, high = over_users(gains)
-    cell += f" {gains.mean():+.2f} +-{over_seeds(gains):.2f} [{low:+.2f}, {high:+.2f}]"
+    """Of records by seed: their mean, and the points over base where both have it."""
+    hits = {seed: hits_of(record, metric) for seed, record in runs.items()}
+    cell = f"{np.mean(list(hits.values())):>6.2f}"
+    both = [seed for seed in hits if seed in base]
+    if runs is not base and both:
+        gains = [hits[seed] - hits_of(base[seed], metric) for seed in both]
+        gains = np.array(gains)  # (seeds, users)
+        low, high = over_users(gains)
+        cell += f" {gains.mean():+.2f} +-{over_seeds(gains):.2f}"
+        cell += f" [{low:+.2f}, {high:+.2f}]"
     return f"{cell:<34}"
 
 
@@ -312,16 +312,15 @@ def print_tables(records: dict[tuple, dict]) -> None:
         arms.setdefault(arm, {})[seed] = record
 
     for (ratings, lr, epochs), arms in tables.items():
-        print(f"\n{ratings}, lr {lr:g}, {epochs} passes. HR@10, and minus nll")
-        print(f"{'':<17} n {'alone':>6}{'fused':>34}{'dose':>34}{'valid.':>7}")
+        print(f"\n{ratings}, lr {lr:g}, {epochs} passes: HR@10, and points over nll")
+        print(f"{'':<17}{'n':>3}{'alone':>7}{'fused':>34}{'dose':>34}{'valid.':>7}")
         for arm, runs in arms.items():
-            alone = compare(runs, arms.get("nll", {}), "hr@10")
-            fused = compare(runs, arms.get("nll", {}), "fused")
-            dose = np.mean([record["dose"] for record in runs.values()])
-            validation = np.mean([record["validation"] for record in runs.values()])
-            print(
-                f"{arm:<17}{len(runs):>2} {alone}{fused}{dose:>6.2f}{validation:>7.2f}"
-            )
+            line = f"{arm:<17}{len(runs):>3} "
+            for metric in ("hr@10", "fused"):
+                line += compare(runs, arms.get("nll", {}), metric)
+            for name in ("dose", "validation"):
+                line += f"{np.mean([record[name] for record in runs.values()]):>7.2f}"
+            print(line)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -331,7 +330,7 @@ def main(argv: list[str] | None = None) -> None:
     add("ratings", type=Path, help="u.data, ratings.dat or ml-100k.inter")
     add("--seeds", type=int, nargs="+", default=[0])
     add("--arms", nargs="+", choices=["before", *ARMS], default=["before", *ARMS])
-    add("--lr", type=float, nargs="+", default=[Config.lr])
+    add("--lr", type=float, default=Config.lr, help="of post-training")
     add("--epochs", type=int, default=Config.epochs, help="passes of post-training")
     add("--out", type=Path, default=Path("runs/movielens.jsonl"))
     options = parser.parse_args(argv)
@@ -340,17 +339,19 @@ def main(argv: list[str] | None = None) -> None:
     path = options.ratings
     try:
         ratings = read_ratings(path)
-        shop = make_shop(ratings, seed=0)
+        make_shop(ratings, seed=0)
         path = options.out
         path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
         done = read_records(path)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise SystemExit(f"movielens.py: {path}: {error!r}") from None
+        message = f"{type(error).__name__}: {error}"
+        raise SystemExit(f"movielens.py: {path}: {message}") from None
 
-    config = Config(epochs=options.epochs, pretrain_epochs=POLICY_PASSES)
+    config = Config(lr=options.lr, epochs=options.epochs, pretrain_epochs=POLICY_PASSES)
+    setting = (options.ratings.name, options.lr, options.epochs)
     for seed in options.seeds:
-        name = [options.ratings.name]
-        keys = product(name, options.lr, [options.epochs], [seed], options.arms)
+        keys = [(*setting, seed, arm) for arm in options.arms]
         missing = [key for key in keys if key not in done]
         if missing:
             shop = make_shop(ratings, seed)
