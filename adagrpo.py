@@ -819,10 +819,8 @@ def print_examples(
     shop: Shop, policy: Policy, ranker: Ranker, before: Metrics, config: Config
 ) -> None:
     """What the gate sees: the groups of three test users, one of each kind."""
-    print(
-        "\nWhat the gate sees in 32 beams, the five likeliest and the best-scored one:"
-    )
-    print("the first test user of each kind whom it treats like most of the kind.")
+    print("\nWhat the gate sees: 32 beams (the likeliest and the best-scored), for the")
+    print("first test user of each kind whom it treats like most of that kind.")
     beams = replace(config, group=BEAMS, decode="beam")
     for number, kind in enumerate(shop.kinds):
         mask = shop.test.kind == number
@@ -855,13 +853,9 @@ def name_of(tokens: Tensor) -> str:
 
 def print_results(shop: Shop, before: Result, results: dict[str, Result]) -> None:
     """Two tables of test users: the arms by metric, and their gains by group."""
-    print(
-        "\nResults on test users, percent. fused: with the ranker at every request and"
-    )
-    print(
-        "this w. adagrpo alone has to be compared with nll fused. dose: weight * share"
-    )
-    print("of samples that got GRPO. Tune by the last column.")
+    print("\nResults on test users, percent. fused: with the ranker at every request")
+    print("and this w. Compare adagrpo alone with nll fused. dose: weight * share of")
+    print("samples that got GRPO. Tune by the last column.")
     rows = {}
     for arm, result in {"before": before, **results}.items():
         rows[arm] = {
