@@ -3,13 +3,19 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import diagnose
+
+import adagrpo
+from toy_data import make_shop
 
 YES = "the ranker has something to teach."
 NO = "nothing to teach is shown."
@@ -607,3 +613,46 @@ def test_help_explains_every_array_and_column(capsys):
         assert f"\n  {name} " in text
     for title in ("HR@k", "ranker", "fused", "shuffled", "AUC", "clear", "admitted"):
         assert f"\n  {title} " in text
+
+
+# ------------------------------------------------------------------- the toy's own scores
+
+
+@pytest.fixture(scope="module")
+def toy_scores() -> dict[str, np.ndarray]:
+    """Of the toy's validation users, before post-training; a smaller feed, for speed."""
+    config = replace(adagrpo.Config(), pretrain_epochs=2)
+    sizes = {"posttrain": 1, "test": 1, "validation": 2000, "feed": 60_000}
+    shop = make_shop(0, sizes=sizes)
+    torch.set_num_threads(1)
+    policy = adagrpo.pretrain(shop, config)
+    ranker = adagrpo.train_ranker(shop, config)
+    history = torch.as_tensor(shop.validation.history)
+    target = torch.as_tensor(shop.validation.target)
+    with torch.no_grad():
+        scored = adagrpo.roll_out_and_score(policy, ranker, history, target, config)
+
+    names = ("rewards", "target_reward", "hit", "valid", "logp")
+    scores = {name: getattr(scored, name).numpy() for name in names}
+    times_shown = np.bincount(shop.shown.ravel(), minlength=len(shop.tokens))
+    return scores | {"group_shown": times_shown[shop.validation.target]}
+
+
+def test_the_toys_ranker_has_something_to_teach_where_the_feed_has_shown(toy_scores):
+    text = diagnose.report(toy_scores)
+    assert text.splitlines()[-1].endswith("the ranker has something to teach.")
+
+    scores = diagnose.prepare(toy_scores)
+    change = diagnose.fused_change(scores, 10)
+    shown = scores["group_shown"]
+    low, high = np.quantile(shown, [1 / 3, 2 / 3])
+    seldom, seldom_error = diagnose.interval(change[shown <= low], 1.96)
+    often, often_error = diagnose.interval(change[shown > high], 1.96)
+    assert seldom - seldom_error < 0  # nothing is shown there
+    assert often - often_error > seldom + seldom_error
+
+
+def test_the_toys_rewards_shuffled_teach_nothing(toy_scores):
+    noise = diagnose.shuffle(diagnose.prepare(toy_scores))
+    last_line = diagnose.report(noise).splitlines()[-1]
+    assert last_line == "Over all and in each group, nothing to teach is shown."
