@@ -28,8 +28,8 @@ the abstract could be read, so the formulas of the gate are ours.
   (7) loss              mean over samples of NLL + weight * g * GRPO, where
                         NLL = -log policy(y | x)
 
-A hallucination counts in (5), so that GRPO pushes it down; in (3) its 0 would lower the
-mean and so raise m.
+A hallucination counts in (5), so that GRPO pushes it down; (3) leaves it out, because
+its 0 would lower the mean and so raise m.
 
 The program pre-trains a policy on purchases and a ranker on the feed's clicks. Then it
 post-trains copies of the policy by several rules, the arms (NLL alone, a fixed mixture,
@@ -191,9 +191,8 @@ class Policy(nn.Module):
         if cache is None:
             cache = [None] * len(self.blocks)
 
-        position = (
-            sees.sum(-1) - 1
-        )  # a token's place: how many others it sees (see `rollout`)
+        # A token's place is the number of others that it sees: see `rollout`.
+        position = sees.sum(-1) - 1
         x = self.embedding(tokens) + self.position(position)  # (B, N, width)
         new_cache = []
         for block, past in zip(self.blocks, cache, strict=True):
@@ -234,7 +233,7 @@ def shuffled_batches(samples: int, batch: int, epochs: int) -> tuple[Tensor, ...
 
 def make_optimizer(model: nn.Module, lr: float, steps: int) -> tuple:
     """AdamW, and a schedule with a warm-up of 20 steps and a linear decay to 0."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, foreach=True)  # faster
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, foreach=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / 20, 1 - step / steps)
     )
@@ -369,8 +368,8 @@ def rollout(
     """Eq. (1): a group of IDs for each prompt, likeliest first.
 
     prompt (B, T), decode "beam" or "sample" -> tokens (B, G, L) and log-probabilities
-    (B, G) with their gradient, so that no second forward pass is needed. Nothing
-    constrains the tokens.
+    (B, G) with their gradient, so that no second pass over the rollouts is needed.
+    Nothing constrains the tokens.
 
     Each rollout is a branch that grows by one token per level. The prompt is encoded
     once, all branches go through the policy side by side, and a mask keeps them apart:
@@ -389,7 +388,7 @@ def rollout(
     L = policy.item_tokens.shape[1]
     row = torch.arange(B)[:, None]  # x[row, parent] picks branches of each sample
 
-    # Beam search starts from one empty branch, drawing from G. Q counts the branches.
+    # A beam search starts from one empty branch, a random draw from G. Q counts them.
     Q = 1
     if decode == "sample":
         Q = group
@@ -400,8 +399,7 @@ def rollout(
     sees = torch.ones(B, Q, T, dtype=torch.bool)  # (B, Q, tokens in the cache)
 
     for level in range(L):
-        # Which branches grow, and by which token, (B, G) both: a choice without
-        # gradient.
+        # Choose which branches grow and by which token, (B, G) both, without gradient.
         with torch.no_grad():
             if decode == "beam":
                 parent, token = beam(total, next_logp, group)
@@ -470,9 +468,8 @@ def adagrpo_gate(
 
     A row is the group of one prompt. If its columns have no order (ranked=False), the
     difficulty is the share of misses: choose its threshold anew. Scores may be
-    probabilities or logits (then give a hallucination less than 0 before eq. 5). An ID
-    that was drawn twice counts twice. A score that is not finite, and a group without a
-    valid negative, close the gate.
+    probabilities or logits. An ID that was drawn twice counts twice. The target's or a
+    negative's score that is not finite, and a group without negatives, close the gate.
 
     Raises ValueError for shapes that do not fit, TypeError for masks that are not bool.
     Source: diagnostics and 0/1 gate are the paper's (abstract), these formulas ours.
@@ -513,8 +510,9 @@ def group_advantages(rewards: Tensor) -> Tensor:
     """Eq. (5): rewards (B, G) -> standardised in each group (B, G), without gradient.
 
     A group that is flat up to rounding (its spread is below a millionth of its largest
-    reward) gets exactly 0, and so does one with a reward that is not finite. Source:
-    GRPO, with the population standard deviation; the care for flat groups is ours.
+    reward) gets exactly 0, and so does one with a reward that is not finite. If rewards
+    are logits, give hallucinations less than all of them, not 0. Source: GRPO, with the
+    population standard deviation; the care for flat groups is ours.
     """
     rewards = rewards.detach().float()
     centred = rewards - rewards.mean(1, keepdim=True)
@@ -604,15 +602,14 @@ Rule = Callable[[Scored, Gate], Tensor]
 def make_arms(config: Config) -> dict[str, tuple[Rule | None, float]]:
     """The arms by name: a rule, and the weight of GRPO where the rule admits it.
 
-    Compare arms by their dose, weight times the share of samples that get GRPO: at the
-    default settings the two halves of the gate have about that of adagrpo.
+    Compare arms by their dose, weight times the share of samples that get GRPO.
     """
     return {
         "nll": (None, 0.0),  # no GRPO, so nothing has to be rolled out
         # no gate: a fixed mixture of NLL and GRPO
         "mix-0.3": (lambda scored, gate: torch.ones_like(gate.admit), 0.3),
         "mix-1": (lambda scored, gate: torch.ones_like(gate.admit), 1.0),
-        # one half of the gate alone
+        # one half of the gate alone, its weight set for about the dose of adagrpo
         "difficulty": (lambda scored, gate: gate.hard, 2.1),
         "discriminability": (lambda scored, gate: gate.clear, 2.6),
         # the gate
@@ -679,7 +676,7 @@ def post_train(
 
     if rule is None:
         return 0.0
-    return weight * float(np.mean([figures["admitted"] for figures in log]))
+    return weight * float(np.mean([means["admitted"] for means in log]))
 
 
 def print_training(label: str, step: int, log: list[dict[str, float]]) -> None:
@@ -704,7 +701,7 @@ Metrics = dict[str, np.ndarray]  # by name; a row for each user
 
 @torch.no_grad()
 def evaluate(policy: Policy, ranker: Ranker, split: Split, config: Config) -> Metrics:
-    """Metrics of the N users of a split, (N,) if nothing is said; shares are in 0..1.
+    """Metrics of the N users of a split, each (N,) unless said; shares are in 0..1.
 
     hr@10              1 if the target is among the 10 likeliest rollouts, else 0
     ndcg@10            1 / log2(1 + rank of the target); 0 if it is not in the first 10
@@ -818,7 +815,7 @@ def print_premise(shop: Shop, before: Result) -> None:
 def print_examples(
     shop: Shop, policy: Policy, ranker: Ranker, before: Metrics, config: Config
 ) -> None:
-    """What the gate sees: the groups of three test users, one of each kind."""
+    """What the gate sees: the group of one test user of each kind."""
     print("\nWhat the gate sees: 32 beams (the likeliest and the best-scored), for the")
     print("first test user of each kind whom it treats like most of that kind.")
     beams = replace(config, group=BEAMS, decode="beam")
@@ -852,7 +849,7 @@ def name_of(tokens: Tensor) -> str:
 
 
 def print_results(shop: Shop, before: Result, results: dict[str, Result]) -> None:
-    """Two tables of test users: the arms by metric, and their gains by group."""
+    """Two tables of test users: the arms by metric, and their gains by kind of user."""
     print("\nResults on test users, percent. fused: with the ranker at every request")
     print("and this w. Compare adagrpo alone with nll fused. dose: weight * share of")
     print("samples that got GRPO. Tune by the last column.")

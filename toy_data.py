@@ -52,7 +52,7 @@ CATEGORY_KIND = ["niche"] * 3 + ["series"] * 3 + ["trend"] * 10  # 10 of 16 are 
 
 TASTE_DIM = 8  # tastes and items are vectors of length 1 in this many dimensions
 # First coordinate of a category's centre before its length is made 1: plus this for
-# niche, minus this for the others, far from it.
+# niche, minus this for all others, which keeps the two apart.
 NICHE_DISTANCE = 2.5
 SUBCATEGORY_SPREAD = 0.3  # of sub-categories around their category's centre
 ITEM_SPREAD = 0.2  # of items around the middle of their sub-category
