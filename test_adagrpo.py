@@ -808,7 +808,7 @@ def known_lists(monkeypatch) -> list[list[int]]:
 
 
 def judge(table, targets=RANKS) -> dict[str, np.ndarray]:
-    """The metrics of five users of a shop with 60 items, by a ranker with this table."""
+    """The metrics of five users of a shop with 60 items; the ranker has this table."""
     item_tokens = np.column_stack(np.divmod(np.arange(60), 8))
     policy = Policy(item_tokens, history_length=3, width=8)
     users = Split(np.zeros((5, 3), dtype=int), np.array([*targets]), None)
@@ -1339,7 +1339,8 @@ def command(monkeypatch, capsys, tmp_path):
 
 
 def test_two_runs_print_the_same_ascii_of_at_most_100_columns(command):
-    one, two = command(), command()
+    one = command()
+    two = command()
     assert one == two
     assert one.isascii()
     assert max(len(line) for line in one.splitlines()) <= 100
@@ -1369,7 +1370,7 @@ def test_saved_policies_load_and_write_the_same(command, monkeypatch):
 
 
 def output_of(*command: str) -> str:
-    """What Python prints, as in a fresh shell. It must end well and say nothing else."""
+    """What Python prints, as in a fresh shell. It must end well and say no more."""
     process = subprocess.run(
         [sys.executable, *command],
         cwd=HERE,

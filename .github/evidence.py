@@ -36,7 +36,8 @@ DEFAULTS = vars(Config()) | {
 DEVELOPMENT = range(5)
 
 # Settings that the policy of plain NLL never sees: a variation of these, and of these
-# alone, borrows the main study's nll.
+# alone, borrows the main study's nll if it has none. (But the verdicts of another ranker
+# make other groups of users: the noise ranker has an nll of its own.)
 UNSEEN_BY_NLL = {"group", "decode", "weight", "bias", "negatives", "noise_ranker"}
 UNSEEN_BY_NLL |= {"min_difficulty", "min_discriminability", "slates"}
 
