@@ -554,7 +554,6 @@ def adagrpo_loss(nll: Tensor, grpo: Tensor, admit: Tensor, weight: float) -> Ten
 class Scored(NamedTuple):
     """The groups that the policy wrote for some samples, and the ranker's scores."""
 
-    history: Tensor  # (B, H) item numbers of the samples; only .github/study.py asks
     tokens: Tensor  # (B, G, L) the rollouts, likeliest first
     logp: Tensor  # (B, G) their log-probabilities, with gradient
     items: Tensor  # (B, G) the items that they name, -1 for a hallucination
@@ -578,7 +577,7 @@ def roll_out_and_score(
         scores = ranker.click_probability(history, items.clamp(min=0))
         rewards = torch.where(valid, scores, 0.0)
         target_reward = ranker.click_probability(history, target[:, None]).squeeze(1)
-    return Scored(history, tokens, logp, items, hit, valid, rewards, target_reward)
+    return Scored(tokens, logp, items, hit, valid, rewards, target_reward)
 
 
 def gate_of(scored: Scored, config: Config) -> Gate:
@@ -594,9 +593,8 @@ def gate_of(scored: Scored, config: Config) -> Gate:
     )
 
 
-# A rule says which samples of a batch get the GRPO term, (B,) bool. Those below ask the
-# gate alone; more rules, in .github/study.py, ask what was scored.
-Rule = Callable[[Scored, Gate], Tensor]
+# A rule says which samples of a batch get the GRPO term, (B,) bool.
+Rule = Callable[[Gate], Tensor]
 
 
 def make_arms(config: Config) -> dict[str, tuple[Rule | None, float]]:
@@ -607,13 +605,13 @@ def make_arms(config: Config) -> dict[str, tuple[Rule | None, float]]:
     return {
         "nll": (None, 0.0),  # no GRPO, so nothing has to be rolled out
         # no gate: a fixed mixture of NLL and GRPO
-        "mix-0.3": (lambda scored, gate: torch.ones_like(gate.admit), 0.3),
-        "mix-1": (lambda scored, gate: torch.ones_like(gate.admit), 1.0),
+        "mix-0.3": (lambda gate: torch.ones_like(gate.admit), 0.3),
+        "mix-1": (lambda gate: torch.ones_like(gate.admit), 1.0),
         # one half of the gate alone, its weight set for about the dose of adagrpo
-        "difficulty": (lambda scored, gate: gate.hard, 2.1),
-        "discriminability": (lambda scored, gate: gate.clear, 2.6),
+        "difficulty": (lambda gate: gate.hard, 2.1),
+        "discriminability": (lambda gate: gate.clear, 2.6),
         # the gate
-        "adagrpo": (lambda scored, gate: gate.admit, config.weight),
+        "adagrpo": (lambda gate: gate.admit, config.weight),
     }
 
 
@@ -652,7 +650,7 @@ def post_train(
             # GRPO joins where the rule admits it.
             scored = roll_out_and_score(policy, ranker, history, target, config)
             gate = gate_of(scored, config)
-            admitted = rule(scored, gate)  # (B,)
+            admitted = rule(gate)  # (B,)
             advantages = group_advantages(scored.rewards)  # (B, G)  eq. (5)
             old_logp = scored.logp.detach()  # one update per rollout
             grpo = grpo_loss(scored.logp, old_logp, advantages)  # (B,)  eq. (6)
@@ -707,11 +705,9 @@ def evaluate(policy: Policy, ranker: Ranker, split: Split, config: Config) -> Me
     ndcg@10            1 / log2(1 + rank of the target); 0 if it is not in the first 10
     hallucination      share of the 10 likeliest rollouts that name no item
     hr@10 fused        (N, W) hr@10 of the fused order, for each of FUSION_WEIGHTS
-    confidence         log-probability of the likeliest rollout, for .github/study.py
     auc in group       share of the group's negatives that the ranker puts below the
                        target; nan without a negative
     hard, clear, admit bool, of the gate
-    items              (N, 32) the rollouts, -1 for a hallucination; for the study, too
     """
     beams = replace(config, group=BEAMS, decode="beam")
     batches = []
@@ -738,12 +734,10 @@ def evaluate(policy: Policy, ranker: Ranker, split: Split, config: Config) -> Me
         "ndcg@10": (hit[:, :10] * discount).amax(1),
         "hallucination": (~scored.valid[:, :10]).float().mean(1),
         "hr@10 fused": torch.stack(fused, dim=1),
-        "confidence": scored.logp[:, 0],
         "auc in group": is_beaten.sum(1) / negative.sum(1),
         "hard": gate.hard,
         "clear": gate.clear,
         "admit": gate.admit,
-        "items": scored.items,
     }
     return {name: metric.cpu().numpy() for name, metric in metrics.items()}
 

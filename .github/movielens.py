@@ -208,13 +208,13 @@ T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 # gate, but others. The halves of the gate have the dose of adagrpo-5 (seed 1).
 ARMS = {
     "nll": (None, 0.0),
-    "adagrpo-5": (lambda scored, gate: gate.admit, 5.0),
-    "mix-0.3": (lambda scored, gate: torch.ones_like(gate.admit), 0.3),
-    "mix-1": (lambda scored, gate: torch.ones_like(gate.admit), 1.0),
-    "random": (lambda scored, gate: gate.admit[torch.randperm(len(gate.admit))], 5.0),
-    "adagrpo-1": (lambda scored, gate: gate.admit, 1.0),
-    "discriminability": (lambda scored, gate: gate.clear, 3.0),
-    "difficulty": (lambda scored, gate: gate.hard, 1.1),
+    "adagrpo-5": (lambda gate: gate.admit, 5.0),
+    "mix-0.3": (lambda gate: torch.ones_like(gate.admit), 0.3),
+    "mix-1": (lambda gate: torch.ones_like(gate.admit), 1.0),
+    "random": (lambda gate: gate.admit[torch.randperm(len(gate.admit))], 5.0),
+    "adagrpo-1": (lambda gate: gate.admit, 1.0),
+    "discriminability": (lambda gate: gate.clear, 3.0),
+    "difficulty": (lambda gate: gate.hard, 1.1),
 }
 
 

@@ -63,37 +63,54 @@ RULES = (*GATES, *CONTROLS, *NO_TRAINING)
 # ----------------------------------------------------------------------------- the arms
 
 
-def rule_of(name: str, shop: Shop) -> Rule | None:
-    """Which samples of a batch get the GRPO term, (B,) bool; None for plain NLL."""
+@contextlib.contextmanager
+def recorded() -> Iterator[list[tuple[torch.Tensor, Scored]]]:
+    """A list that fills with the histories (B, H) and rollouts of every batch."""
+    batches = []
+    original = adagrpo.roll_out_and_score
+
+    def roll_out_and_score(policy, ranker, history, target, config) -> Scored:
+        scored = original(policy, ranker, history, target, config)
+        batches.append((history, scored))
+        return scored
+
+    with mock.patch.object(adagrpo, "roll_out_and_score", roll_out_and_score):
+        yield batches
+
+
+def rule_of(name: str, shop: Shop, batches: list) -> Rule | None:
+    """Which samples of the last of the batches get the GRPO term; None for plain NLL."""
     trend = shop.kinds.index("trend")
-    kind_of = {}  # a rule sees histories; no two users have the same
+    kind_of = {}  # no two users have the same history
     for history, kind in zip(shop.posttrain.history, shop.posttrain.kind, strict=True):
         kind_of[tuple(history.tolist())] = kind
 
-    def everybody(scored: Scored, gate: Gate) -> torch.Tensor:
+    def everybody(gate: Gate) -> torch.Tensor:
         return torch.ones_like(gate.admit)
 
-    def random(scored: Scored, gate: Gate) -> torch.Tensor:
+    def random(gate: Gate) -> torch.Tensor:
         return gate.admit[torch.randperm(len(gate.admit))]
 
-    def spread(scored: Scored, gate: Gate) -> torch.Tensor:
+    def spread(gate: Gate) -> torch.Tensor:
+        _, scored = batches[-1]
         return gate.hard & (scored.rewards.std(1, correction=0) >= MIN_SPREAD)
 
-    def level(scored: Scored, gate: Gate) -> torch.Tensor:
+    def level(gate: Gate) -> torch.Tensor:
+        _, scored = batches[-1]
         return gate.hard & (scored.target_reward >= MIN_LEVEL)
 
-    def oracle(scored: Scored, gate: Gate) -> torch.Tensor:
-        histories = scored.history.tolist()
-        return torch.tensor([kind_of[tuple(history)] == trend for history in histories])
+    def oracle(gate: Gate) -> torch.Tensor:
+        history, _ = batches[-1]
+        return torch.tensor([kind_of[tuple(row)] == trend for row in history.tolist()])
 
     rules = {
         "nll": None,
         "clicks": None,
         "mix": everybody,
         "centred": everybody,
-        "difficulty": lambda scored, gate: gate.hard,
-        "discriminability": lambda scored, gate: gate.clear,
-        "adagrpo": lambda scored, gate: gate.admit,
+        "difficulty": lambda gate: gate.hard,
+        "discriminability": lambda gate: gate.clear,
+        "adagrpo": lambda gate: gate.admit,
         "random": random,
         "spread": spread,
         "level": level,
@@ -124,15 +141,17 @@ def parse_arm(arm: str, config: Config) -> tuple[str, float, int]:
 class Tally:
     """A rule that also counts what it saw, for the record."""
 
-    def __init__(self, rule: Rule):
+    def __init__(self, rule: Rule, batches: list):
         self.rule = rule
+        self.batches = batches
         self.samples = 0
         self.admitted = 0
         self.absent = 0  # admitted samples whose group lacks the target
         self.outscored = 0  # admitted samples where a negative outscores the target
 
-    def __call__(self, scored: Scored, gate: Gate) -> torch.Tensor:
-        admit = self.rule(scored, gate)
+    def __call__(self, gate: Gate) -> torch.Tensor:
+        admit = self.rule(gate)
+        _, scored = self.batches.pop()  # which frees the memory of its gradient
         absent = admit & ~scored.hit.any(1)
         is_higher = scored.rewards > scored.target_reward[:, None]
         outscored = admit & is_higher.any(1)
@@ -174,13 +193,16 @@ def post_trained(
     if name == "clicks":
         learn_clicks(policy, ranker, shop, config)
 
-    rule = rule_of(name, shop)
-    if rule is not None:
-        rule = Tally(rule)
     advantages_of = adagrpo.group_advantages
     if name == "centred":
         advantages_of = centre
-    with mock.patch.object(adagrpo, "group_advantages", advantages_of):
+    with (
+        recorded() as batches,
+        mock.patch.object(adagrpo, "group_advantages", advantages_of),
+    ):
+        rule = rule_of(name, shop, batches)
+        if rule is not None:
+            rule = Tally(rule, batches)
         settings = replace(config, epochs=passes)
         adagrpo.post_train(policy, ranker, shop.posttrain, rule, weight, settings)
     if rule is None:
@@ -207,6 +229,19 @@ def prepare(config: Config, world: dict) -> tuple[Shop, Policy, Ranker]:
     torch.nn.init.normal_(ranker.bought.weight, std=1.0)
     torch.nn.init.normal_(ranker.offered.weight, std=1.0)
     return shop, policy, ranker
+
+
+def evaluate(policy: Policy, ranker: Ranker, split: Split, config: Config) -> Metrics:
+    """Metrics of adagrpo.py, and for the study: the 32 items of each user (N, 32), -1
+    for a hallucination, and the log-probability of the likeliest, its confidence (N,).
+    """
+    with recorded() as batches:
+        metrics = adagrpo.evaluate(policy, ranker, split, config)
+    items = torch.cat([scored.items for _, scored in batches])
+    confidence = torch.cat([scored.logp[:, 0] for _, scored in batches])
+    metrics["items"] = items.cpu().numpy()
+    metrics["confidence"] = confidence.cpu().numpy()
+    return metrics
 
 
 def third_of(values: np.ndarray) -> np.ndarray:
@@ -290,7 +325,7 @@ def figures_of(
 def run_seed(config: Config, world: dict, arms: list[str], out: Path) -> None:
     """Run the arms of one seed and save a record after each."""
     shop, start, ranker = prepare(config, world)
-    before = adagrpo.evaluate(start, ranker, shop.test, config)
+    before = evaluate(start, ranker, shop.test, config)
     masks = groups_of(shop, before)
 
     for arm in arms:
@@ -300,7 +335,7 @@ def run_seed(config: Config, world: dict, arms: list[str], out: Path) -> None:
         else:
             policy, training = post_trained(arm, shop, start, ranker, config)
             validation = adagrpo.evaluate(policy, ranker, shop.validation, config)
-            test = adagrpo.evaluate(policy, ranker, shop.test, config)
+            test = evaluate(policy, ranker, shop.test, config)
             result = Result(validation, test, dose=0.0)
             figures = figures_of(config, world, shop, result, masks)
             if training:

@@ -50,8 +50,8 @@ def test_rules_by_hand():
     hard = torch.tensor([True, True, True, False])
     clear = torch.tensor([True, False, False, True])
     gate = Gate(hard & clear, hard, clear, None, None)
+    history = torch.as_tensor(users.history)
     scored = SimpleNamespace(
-        history=torch.as_tensor(users.history),
         rewards=torch.tensor([[0.0, 1.0], [0.2, 0.2], [0.3, 0.39], [0.0, 1.0]]),
         target_reward=torch.tensor([0.5, 0.05, 0.5, 0.5]),
     )
@@ -59,7 +59,7 @@ def test_rules_by_hand():
     expected |= {"difficulty": [0, 1, 2], "discriminability": [0, 3], "adagrpo": [0]}
     expected |= {"spread": [0], "level": [0, 2], "oracle": [0, 2]}
     for name, samples in expected.items():
-        taken = study.rule_of(name, shop)(scored, gate)
+        taken = study.rule_of(name, shop, [(history, scored)])(gate)
         assert taken.nonzero().flatten().tolist() == samples, name
 
 
@@ -70,7 +70,7 @@ def test_the_random_rule_takes_as_many_as_the_gate_and_others():
     no_users = Split(np.zeros((0, 3)), None, np.zeros(0))
     shop = SimpleNamespace(kinds=toy_data.KINDS, posttrain=no_users)
     torch.manual_seed(0)
-    taken = study.rule_of("random", shop)(None, gate)
+    taken = study.rule_of("random", shop, [])(gate)
     assert taken.sum() == 300
     assert 55 < (taken & admit).sum() < 125
 
@@ -85,8 +85,8 @@ def test_a_tally_counts_by_hand():
         rewards=torch.tensor([[0.5, 0.6], [0.1, 0.5], [0.6, 0.1], [0.9, 0.9]]),
         target_reward=torch.tensor([0.5, 0.5, 0.5, 0.5]),
     )
-    tally = study.Tally(lambda scored, gate: admit)
-    assert torch.equal(tally(scored, None), admit)
+    tally = study.Tally(lambda gate: admit, [(None, scored)])
+    assert torch.equal(tally(None), admit)
     expected = {"admitted": 75, "absent": 100 / 3, "outscored": 200 / 3}
     assert tally.figures() == pytest.approx(expected)
 
@@ -125,6 +125,21 @@ def test_groups_of_users_by_hand():
     assert groups[5] == {"all", "odd", "middle, often", "easy+unclear"}
     assert groups[6] == {"all", "even", "sure, seldom", "easy+clear"}
     assert groups[8] == {"all", "even", "sure, often", "easy+unclear"}
+
+
+def test_what_the_study_adds_to_the_metrics(tiny):
+    """Items and confidence, user by user; more users than evaluate takes at once."""
+    world = WORLD | {"noise_ranker": True}
+    shop, policy, ranker = study.prepare(CONFIG, world)
+    history = np.tile(shop.test.history, (2, 1))
+    users = Split(history, np.tile(shop.test.target, 2), None)
+    metrics = study.evaluate(policy, ranker, users, CONFIG)
+    assert len(metrics["items"]) == len(metrics["confidence"]) == 180
+    for user in range(0, 180, 7):
+        prompt = policy.prompt(torch.as_tensor(users.history[user : user + 1]))
+        tokens, logp = adagrpo.rollout(policy, prompt, 32, "beam")
+        assert metrics["items"][user].tolist() == policy.items_of(tokens)[0].tolist()
+        assert metrics["confidence"][user] == pytest.approx(logp[0, 0].item(), 1e-4)
 
 
 def test_simulated_clicks_and_dwell_by_hand(monkeypatch):
@@ -175,7 +190,7 @@ def test_a_world_of_its_own(tiny, monkeypatch):
     assert ranker.click_probability(history, history).std(1).min() > 0.01
 
 
-ARMS = ["before", "nll", "adagrpo", "mix-1@2", "clicks", "gradients"]
+ARMS = ["before", "nll", "adagrpo", "mix-1@2", "clicks", "oracle", "gradients"]
 
 
 @pytest.mark.filterwarnings("ignore:Mean of empty slice", "ignore:invalid value")
@@ -198,6 +213,10 @@ def test_the_records_of_a_seed(tiny, tmp_path):
     groups = {"all", *toy_data.KINDS, "unsure, often", "hard+clear", "validation"}
     assert groups | {"training"} < figures.keys()
     assert figures["training"]["weight"] == 5
+    sizes = {"posttrain": CONFIG.users, "test": 90, "feed": WORLD["slates"]}
+    kind = toy_data.make_shop(CONFIG.seed, CONFIG.bias, sizes).posttrain.kind
+    trend = 100 * np.mean(kind == toy_data.KINDS.index("trend"))
+    assert by_arm["oracle"]["training"]["admitted"] == trend
     everybody = figures["all"]
     shares = [everybody[x] for x in ("hr@5", "hr@10", "hr@20", "recall@32", "share")]
     assert shares == sorted(shares)
