@@ -261,28 +261,46 @@ def premise_table(main: Study) -> str:
     return table(["users", *metrics], rows)
 
 
+def lead_rows(study: Study, ours: str, others: tuple[str, ...]) -> list[list[str]]:
+    """An arm less each of the others that ran."""
+    rows = []
+    for arm in others:
+        if arm != ours and study.gain(ours, arm):
+            rows.append([arm, plus_minus(study.gain(ours, arm), "+")])
+    return rows
+
+
 def rivals_table(main: Study) -> str:
     """adagrpo less other things that one could do."""
-    rows = []
     best_nll, picks = main.over_picked(("nll", "nll@6"))
-    rows.append([f"nll, passes by validation ({picks})", plus_minus(best_nll, "+")])
-    for arm in ("level-3.2", "spread-2.6", "clicks", "oracle-2.1", *MIXTURES):
-        rows.append([arm, plus_minus(main.gain("adagrpo", arm), "+")])
     fused = paired(main.level("adagrpo", "hr@10"), main.level("nll", "hr@10 fused"))
-    rows.append(["nll with the ranker at serving (fused)", plus_minus(fused, "+")])
+    rows = [
+        ["nll with the ranker at serving (fused)", plus_minus(fused, "+")],
+        [f"nll, passes by validation ({picks})", plus_minus(best_nll, "+")],
+        *lead_rows(main, "adagrpo", ARMS),
+    ]
     return table(["adagrpo alone less", "points of HR@10"], rows)
 
 
 def variations_table(main: Study, studies: list[Study]) -> str:
+    """Gains over nll by setting; the main study again on the seeds of the variations."""
+    beams = []
+    for study in studies:
+        is_drawn = study.changes.get("decode") == "sample"
+        if not is_drawn and study.levels("adagrpo", "hr@10"):
+            beams.append(study)
+    seeds = {seed for study in beams for seed, _ in study.runs}
+    same_seeds = Study({})
+    for (seed, arm), figures in main.runs.items():
+        if seed in seeds:
+            same_seeds.runs[seed, arm] = figures
+
     arms = ("mix-0.3", "mix-1", "difficulty-2.1", "level-3.2", "spread-2.6", "adagrpo")
     rows = []
-    for study in [main, *studies]:
-        is_drawn = study.changes.get("decode") == "sample"
-        if is_drawn or not study.levels("adagrpo", "hr@10"):
-            continue
+    for study in [main, same_seeds, *beams]:
         changed = ", ".join(f"{name} {value}" for name, value in study.changes.items())
-        seeds = len(study.level("adagrpo", "hr@10"))
-        row = [changed or "main study", str(seeds)]
+        row = [changed or "main study"]
+        row.append(str(len(study.level("adagrpo", "hr@10"))))
         row.append(plus_minus(study.levels("nll", "hr@10")))
         rows.append([*row, *[against_nll(study, arm) for arm in arms]])
     return table(["settings", "seeds", "nll", *arms], rows)
@@ -331,10 +349,14 @@ def development_table(records: list[dict]) -> str:
         levels.setdefault(key, {})[record["seed"]] = level
     rows = []
     for (decode, lr, arm), by_seed in sorted(levels.items()):
-        seeds = " ".join(f"{by_seed.get(seed, math.nan):.1f}" for seed in DEVELOPMENT)
-        mean = f"{np.mean([by_seed.get(seed, math.nan) for seed in (0, 1)]):.2f}"
-        rows.append([decode, f"{lr:g}", arm, seeds.replace("nan", "-"), mean])
-    head = ["groups", "lr", "arm", "seeds 0 1 2 3 4", "mean of seeds 0 and 1"]
+        row = [decode, f"{lr:g}", arm]
+        row += [f"{by_seed.get(seed, math.nan):.1f}" for seed in DEVELOPMENT]
+        for seeds in ((0, 1), DEVELOPMENT):
+            mean = np.mean([by_seed.get(seed, math.nan) for seed in seeds])
+            row.append(f"{mean:.2f}")
+        rows.append([cell.replace("nan", "-") for cell in row])
+    seeds = [f"seed {seed}" for seed in DEVELOPMENT]
+    head = ["groups", "lr", "arm", *seeds, "mean of 0 and 1", "mean of all"]
     return table(head, rows)
 
 
@@ -374,6 +396,10 @@ def main(argv: list[str] | None = None) -> None:
         "premise": premise_table(study),
         "variations": variations_table(study, variations),
         "drawn": arms_table(drawn, drawn_arms),
+        "drawn leads": table(
+            ["adagrpo-2 less", "points of HR@10"],
+            lead_rows(drawn, "adagrpo-2", drawn_arms),
+        ),
         "training": training_table({"beams": study, "draws": drawn}),
         "market": market_table(study),
         "cosines": cosines_table(study),

@@ -109,7 +109,23 @@ def test_development_seeds_stay_out_of_the_study(tmp_path):
     study, _, development = evidence.read([write(tmp_path / "runs.json", records)])
     assert {seed for seed, _ in study.runs} == {50, 51, 52}
     assert [one["seed"] for one in development] == [3]
-    assert "- - - 99.0 -" in evidence.development_table(development)
+    assert "| - | - | - | 99.0 | - | - | - |" in evidence.development_table(development)
+
+
+def test_variations_stand_beside_the_main_study_on_their_seeds(tmp_path):
+    """Seeds 50, 51, 52 of adagrpo gain 2; in the variation seed 50 alone, 36 - 38."""
+    records = [*main_records(), record(50, "adagrpo", 36, bias=0.0)]
+    records += [record(50, "adagrpo", 9, decode="sample")]
+    main, variations, _ = evidence.read([write(tmp_path / "runs.json", records)])
+    rows = evidence.variations_table(main, variations).splitlines()[2:]
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+    assert [row[:2] for row in cells] == [
+        ["main study", "3"],
+        ["main study", "1"],
+        ["bias 0.0", "1"],
+    ]
+    leads = [row[-1] for row in cells]
+    assert leads == ["+2.00 ±0.00", "+2.00 (one seed)", "-2.00 (one seed)"]
 
 
 def test_results_have_every_table_and_no_hole(tmp_path):
