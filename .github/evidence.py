@@ -45,6 +45,7 @@ MIXTURES = ("mix-0.1", "mix-0.3", "mix-1", "mix-3")
 EQUAL_DOSE = ("difficulty-2.1", "discriminability-2.6", "random")
 ARMS = ("before", "nll", "nll@6", *MIXTURES, *EQUAL_DOSE, "adagrpo-1", "adagrpo")
 ARMS += ("adagrpo-15", "level-3.2", "spread-2.6", "clicks", "oracle-2.1")
+GATES = ("mix-0.3", "mix-1", "difficulty-2.1", "level-3.2", "spread-2.6", "adagrpo")
 KINDS = ("trend", "series", "niche")
 VERDICTS = ("hard+clear", "hard+unclear", "easy+clear", "easy+unclear")
 STRATA = [
@@ -94,6 +95,12 @@ class Study:
     def __init__(self, changes: dict):
         self.changes = changes  # settings that differ from the defaults
         self.runs: dict[tuple[int, str], dict] = {}  # (seed, arm) -> figures
+
+    def only(self, seeds: set[int]) -> "Study":
+        """The same without other seeds."""
+        study = Study(self.changes)
+        study.runs = {key: run for key, run in self.runs.items() if key[0] in seeds}
+        return study
 
     def level(self, arm: str, metric: str, group: str = "all") -> dict[int, float]:
         """The arm's figure for every seed that has one (an empty group has none)."""
@@ -282,6 +289,55 @@ def rivals_table(main: Study) -> str:
     return table(["adagrpo alone less", "points of HR@10"], rows)
 
 
+def ceiling_sentence(main: Study) -> str:
+    """What the ranker at serving adds to nll, and how much of it adagrpo has alone."""
+    alone = main.level("nll", "hr@10")
+    added = paired(main.level("nll", "hr@10 fused"), alone)
+    gained = paired(main.level("adagrpo", "hr@10"), alone)
+    shares = [100 * ours / whole for ours, whole in zip(gained, added, strict=True)]
+    return (
+        f"The ranker at serving adds {plus_minus(added)} points to nll. AdaGRPO alone "
+        f"has {plus_minus(shares)} percent of that (share by seed)."
+    )
+
+
+def bias_table(main: Study, studies: list[Study]) -> str:
+    """Gains over nll at three strengths of the exposure bias, and what it costs."""
+    none = variation(studies, bias=0.0)
+    half = variation(studies, bias=0.5)
+    whole = main.only({seed for seed, _ in none.runs})
+    rows = []
+    for arm in GATES:
+        gains = [study.gain(arm) for study in (none, half, whole)]
+        gains.append(paired(none.level(arm, "hr@10"), whole.level(arm, "hr@10")))
+        rows.append([arm, *[plus_minus(values, "+") for values in gains]])
+    head = ["arm", "bias 0", "bias 0.5", "bias 1", "what the bias costs"]
+    return table(head, rows)
+
+
+def rankers_table(main: Study, studies: list[Study]) -> str:
+    """From a good ranker to a ranker of noise: what it adds, and what arms gain."""
+    worst = variation(studies, noise_ranker=True)
+    rankers = {
+        "200,000 slates": main.only({seed for seed, _ in worst.runs}),
+        "60,000 slates": variation(studies, slates=60_000),
+        "20,000 slates": variation(studies, slates=20_000),
+        "20,000, 30 passes": variation(studies, slates=20_000, ranker_epochs=30),
+        "noise": worst,
+    }
+    arms = ("mix-0.3", "mix-1", "random", "level-3.2", "adagrpo")
+    rows = []
+    for name, study in rankers.items():
+        fused = study.level("nll", "hr@10 fused")
+        added = paired(fused, study.level("nll", "hr@10"))
+        row = [name, plus_minus(added, "+")]
+        row += [against_nll(study, arm) for arm in arms]
+        row.append(plus_minus(study.levels("adagrpo", "admitted", "training")))
+        rows.append(row)
+    head = ["ranker", "adds to nll (fused)", *arms, "adagrpo admits, %"]
+    return table(head, rows)
+
+
 def variations_table(main: Study, studies: list[Study]) -> str:
     """Gains over nll by setting; the main study again on the seeds of the variations."""
     beams = []
@@ -290,20 +346,16 @@ def variations_table(main: Study, studies: list[Study]) -> str:
         if not is_drawn and study.levels("adagrpo", "hr@10"):
             beams.append(study)
     seeds = {seed for study in beams for seed, _ in study.runs}
-    same_seeds = Study({})
-    for (seed, arm), figures in main.runs.items():
-        if seed in seeds:
-            same_seeds.runs[seed, arm] = figures
+    same_seeds = main.only(seeds)
 
-    arms = ("mix-0.3", "mix-1", "difficulty-2.1", "level-3.2", "spread-2.6", "adagrpo")
     rows = []
     for study in [main, same_seeds, *beams]:
         changed = ", ".join(f"{name} {value}" for name, value in study.changes.items())
         row = [changed or "main study"]
         row.append(str(len(study.level("adagrpo", "hr@10"))))
         row.append(plus_minus(study.levels("nll", "hr@10")))
-        rows.append([*row, *[against_nll(study, arm) for arm in arms]])
-    return table(["settings", "seeds", "nll", *arms], rows)
+        rows.append([*row, *[against_nll(study, arm) for arm in GATES]])
+    return table(["settings", "seeds", "nll", *GATES], rows)
 
 
 def training_table(studies: dict[str, Study]) -> str:
@@ -390,6 +442,9 @@ def main(argv: list[str] | None = None) -> None:
         "claims": claims_table(study),
         "arms": arms_table(study, ARMS),
         "rivals": rivals_table(study),
+        "ceiling": ceiling_sentence(study),
+        "rankers": rankers_table(study, variations),
+        "bias": bias_table(study, variations),
         "strata": groups_table(study, noise, STRATA),
         "verdicts": groups_table(study, noise, VERDICTS),
         "kinds": kinds_table(study),

@@ -128,6 +128,38 @@ def test_variations_stand_beside_the_main_study_on_their_seeds(tmp_path):
     assert leads == ["+2.00 ±0.00", "+2.00 (one seed)", "-2.00 (one seed)"]
 
 
+def test_what_the_bias_costs_is_paired(tmp_path):
+    """Seed 50 alone ran without bias: mix-1 38.8 there, 38.5 with it, nll 38."""
+    records = [*main_records(), record(50, "mix-1", 38.8, bias=0.0)]
+    main, variations, _ = evidence.read([write(tmp_path / "runs.json", records)])
+    row = evidence.bias_table(main, variations).splitlines()[3]
+    assert row == (
+        "| mix-1 | +0.80 (one seed) | - | +0.50 (one seed) | +0.30 (one seed) |"
+    )
+
+
+def test_the_share_of_what_the_ranker_adds_is_taken_by_seed():
+    """It adds 4 and 2 points; adagrpo has 2 of them on both seeds: 50% and 100%."""
+    study = evidence.Study({})
+    for seed, added in {50: 4, 51: 2}.items():
+        nll = record(seed, "nll", 30)["figures"]
+        nll["all"]["hr@10 fused"] = 30 + added
+        study.runs[seed, "nll"] = nll
+        study.runs[seed, "adagrpo"] = record(seed, "adagrpo", 32)["figures"]
+    assert "has 75.00" in evidence.ceiling_sentence(study)
+    assert "adds 3.00" in evidence.ceiling_sentence(study)
+
+
+def test_rankers_stand_beside_the_main_one_on_their_seeds(tmp_path):
+    """Seed 50: nll 38, fused 39; adagrpo 40, and 37 with a ranker of noise."""
+    records = [*main_records(), record(50, "adagrpo", 37, noise_ranker=True)]
+    main, variations, _ = evidence.read([write(tmp_path / "runs.json", records)])
+    _, _, best, *_, noise = evidence.rankers_table(main, variations).splitlines()
+    assert "| 200,000 slates | +1.00 (one seed) |" in best
+    assert "| +2.00 (one seed) | 25.00 (one seed) |" in best
+    assert "| -1.00 (one seed) | 25.00 (one seed) |" in noise
+
+
 def test_results_have_every_table_and_no_hole(tmp_path):
     records = [*main_records(), record(0, "nll", 30)]
     records += [record(50, "gradients", 0)]
