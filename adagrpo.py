@@ -18,7 +18,7 @@ the abstract could be read, so the formulas of the gate are ours.
                         likeliest first; some may be hallucinations
   (2) difficulty        d = share of the group that stands ahead of y; 1 if y is absent
   (3) discriminability  m = r(y) - mean r over the negatives, the IDs in the group that
-                        name an item other than y; undefined (then g = 0) without any
+                        name an item other than y; if there are none, g = 0
   (4) gate              g = 1 if d >= min_difficulty and m >= min_discriminability,
                         else 0
   (5) advantages        A_i = (r(o_i) - mean r) / std r over the whole group; exactly 0
@@ -178,8 +178,8 @@ class Policy(nn.Module):
     def forward(
         self,
         tokens: Tensor,  # (B, N)
-        sees: Tensor | None = None,  # (B, N, keys) bool: which tokens each one sees
-        cache: list | None = None,  # a KV for each block; its tokens come first in keys
+        sees: Tensor | None = None,  # (B, N, cached + N) bool: what each token sees
+        cache: list | None = None,  # a KV for each block: the tokens read so far
     ) -> tuple[Tensor, list]:
         """Log-probabilities of what follows each token (B, N, V), and the next cache.
 
@@ -233,6 +233,7 @@ def shuffled_batches(samples: int, batch: int, epochs: int) -> tuple[Tensor, ...
 
 def make_optimizer(model: nn.Module, lr: float, steps: int) -> tuple:
     """AdamW, and a schedule with a warm-up of 20 steps and a linear decay to 0."""
+    # foreach: the same arithmetic in fewer calls
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, foreach=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / 20, 1 - step / steps)
@@ -308,7 +309,7 @@ class Ranker(nn.Module):
         user = self.bought(history).mean(1, keepdim=True)  # (B, 1, width)
         user = user.expand_as(item)
 
-        # Embeddings start at about 0.1, so their product at 0.01: times 10, to match.
+        # The product starts far smaller than its factors: times 10.
         product = 10 * user * item
         features = torch.cat([user, item, product], dim=-1)
         return self.mlp(features).squeeze(-1)
@@ -388,7 +389,7 @@ def rollout(
     L = policy.item_tokens.shape[1]
     row = torch.arange(B)[:, None]  # x[row, parent] picks branches of each sample
 
-    # A beam search starts from one empty branch, a random draw from G. Q counts them.
+    # Q branches, all of them empty: one to search from, or G to draw.
     Q = 1
     if decode == "sample":
         Q = group
@@ -468,8 +469,9 @@ def adagrpo_gate(
 
     A row is the group of one prompt. If its columns have no order (ranked=False), the
     difficulty is the share of misses: choose its threshold anew. Scores may be
-    probabilities or logits. An ID that was drawn twice counts twice. The target's or a
-    negative's score that is not finite, and a group without negatives, close the gate.
+    probabilities or logits. An ID that was drawn twice counts twice. A group without
+    negatives closes the gate, and so does a score of target or negative that is nan or
+    infinite.
 
     Raises ValueError for shapes that do not fit, TypeError for masks that are not bool.
     Source: diagnostics and 0/1 gate are the paper's (abstract), these formulas ours.
@@ -607,7 +609,8 @@ def make_arms(config: Config) -> dict[str, tuple[Rule | None, float]]:
         # no gate: a fixed mixture of NLL and GRPO
         "mix-0.3": (lambda gate: torch.ones_like(gate.admit), 0.3),
         "mix-1": (lambda gate: torch.ones_like(gate.admit), 1.0),
-        # one half of the gate alone, its weight set for about the dose of adagrpo
+        # one half of the gate alone; its weight gives about the dose of adagrpo, as long
+        # as weight and thresholds are the default ones
         "difficulty": (lambda gate: gate.hard, 2.1),
         "discriminability": (lambda gate: gate.clear, 2.6),
         # the gate
@@ -707,7 +710,7 @@ def evaluate(policy: Policy, ranker: Ranker, split: Split, config: Config) -> Me
     hr@10 fused        (N, W) hr@10 of the fused order, for each of FUSION_WEIGHTS
     auc in group       share of the group's negatives that the ranker puts below the
                        target; nan without a negative
-    hard, clear, admit bool, of the gate
+    hard, clear, admit bool, of the gate, on these 32 beams
     """
     beams = replace(config, group=BEAMS, decode="beam")
     batches = []
@@ -889,7 +892,7 @@ def command_line(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
         add(option, type=field.type, default=field.default, help=f"({field.default})")
     options = parser.parse_args(argv)
 
-    config = Config(**{name: getattr(options, name) for name in vars(Config())})
+    config = Config(**{f.name: getattr(options, f.name) for f in fields(Config)})
     if config.decode not in ("beam", "sample"):
         parser.error(f"argument --decode: must be beam or sample, got {config.decode}")
     if config.group < 2:

@@ -8,13 +8,15 @@ A user has a taste, an item has a place in the same space, and both meet in one 
 People buy items of high appeal, and click them where the feed shows them. So two logs
 come out, as in a real shop. Purchases: the policy learns from them. Slates of the feed
 with their clicks: only the ranker sees them. No noise is added to a score: the ranker
-errs because of what the feed does NOT show (and because people look less far down a
-slate).
+errs because of what the feed does NOT show, and because clicks have no order (and
+people look less far down a slate).
 
-What the ranker has and the policy has not is ten times as many users: 200,000 slates
-against 18,000 sequences of purchases for pre-training and 1,200 for post-training.
-(They are fresher, too: the policy was pre-trained on last season's purchases, and the
-slates are this season's.) Users are of three kinds, recognisable from their history:
+What the ranker has and the policy has not is ten times as many users: 200,000 slates,
+with what each user had bought before, against 18,000 sequences of purchases for
+pre-training and 1,200 for post-training. (They are fresher, too: the policy was
+pre-trained on last season's purchases, and the slates are this season's.) We keep the
+feed's users from the policy on purpose: trained on what they bought it would hardly
+need a ranker. Users are of three kinds, recognisable from their history:
 
   trend   The feed shows their items, and the policy is unsure: it has seen too few
           purchases, most of them of last season, to know which of many items are good.
@@ -51,8 +53,8 @@ KINDS = ("trend", "series", "niche")
 CATEGORY_KIND = ["niche"] * 3 + ["series"] * 3 + ["trend"] * 10  # 10 of 16 are trend
 
 TASTE_DIM = 8  # tastes and items are vectors of length 1 in this many dimensions
-# First coordinate of a category's centre before its length is made 1: plus this for
-# niche, minus this for all others, which keeps the two apart.
+# The first coordinate of a category's centre, before its length is made 1, is +this for
+# niche and -this for all others, which keeps the two apart.
 NICHE_DISTANCE = 2.5
 SUBCATEGORY_SPREAD = 0.3  # of sub-categories around their category's centre
 ITEM_SPREAD = 0.2  # of items around the middle of their sub-category
@@ -68,7 +70,7 @@ HOME_BONUS = 1.0  # series users, purchases only: on the appeal of home category
 # category has about 62 numbers.
 ORDER_NOISE = 15.0
 
-# The feed shows ~ softmax(FEED_TASTE * taste . embedding + popularity).
+# The feed shows ~ softmax(FEED_TASTE * taste . embedding + bias * popularity).
 FEED_TASTE = 5.0
 POPULARITY_SPREAD = 0.5  # what the feed favours for no reason: standard deviation
 HIDING = 10.0  # subtracted from the popularity of hidden niche items, at bias 1

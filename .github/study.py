@@ -15,6 +15,7 @@ An arm is RULE, RULE-WEIGHT, RULE@PASSES or RULE-WEIGHT@PASSES. The rules:
   oracle    trend users, by the truth
   centred   no gate, advantages without the division by std (Dr. GRPO, arXiv 2503.20783)
   clicks    NLL on the feed's clicks first, then as nll
+  histories NLL on what the feed's users had bought, and no post-training
   gradients trains nothing: cosines of the GRPO gradient of beams, and of draws, with
             that of 600 draws, before post-training
 
@@ -42,6 +43,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import adagrpo
@@ -51,13 +53,14 @@ from toy_data import Shop, Split
 
 MIN_SPREAD = 0.1  # by validation, on development seeds 0 and 2
 MIN_LEVEL = 0.1  # on development seeds 0-3
+HISTORY_STEPS = 1600  # of `histories`, about one pass; nll after it harms on seed 0
 CLICK_STEPS = 1600  # of `clicks`, in batches of the pre-training's size
 CLICK_LR = 3e-4  # both by validation, on development seeds 0 and 1
 TEST_USERS = 12_000
 
 GATES = ("nll", "mix", "difficulty", "discriminability", "adagrpo")
 CONTROLS = ("random", "spread", "level", "oracle", "centred", "clicks")
-NO_TRAINING = ("before", "gradients")
+NO_TRAINING = ("before", "histories", "gradients")
 RULES = (*GATES, *CONTROLS, *NO_TRAINING)
 
 # ----------------------------------------------------------------------------- the arms
@@ -182,6 +185,21 @@ def learn_clicks(policy: Policy, ranker: Ranker, shop: Shop, config: Config) -> 
     adagrpo.post_train(policy, ranker, clicks, None, 0.0, settings)
 
 
+def learn_histories(policy: Policy, shop: Shop, config: Config) -> None:
+    """Next-token NLL on what the users of the feed had bought, as in pre-training."""
+    torch.manual_seed(config.seed)
+    sequences = policy.prompt(torch.as_tensor(shop.feed_history))  # (M, T)
+
+    def loss_of(rows: torch.Tensor) -> torch.Tensor:
+        sequence = sequences[rows]
+        next_logp, _ = policy(sequence[:, :-1])
+        return F.nll_loss(next_logp.flatten(0, 1), sequence[:, 1:].flatten())
+
+    batches = adagrpo.shuffled_batches(len(sequences), config.pretrain_batch, epochs=1)
+    batches = batches[:HISTORY_STEPS]
+    adagrpo.fit(policy, config.pretrain_lr, batches, loss_of, config, "histories")
+
+
 def post_trained(
     arm: str, shop: Shop, start: Policy, ranker: Ranker, config: Config
 ) -> tuple[Policy, dict[str, float]]:
@@ -189,6 +207,9 @@ def post_trained(
     name, weight, passes = parse_arm(arm, config)
     policy = copy.deepcopy(start)
     if name == "before":
+        return policy, {}
+    if name == "histories":
+        learn_histories(policy, shop, config)
         return policy, {}
     if name == "clicks":
         learn_clicks(policy, ranker, shop, config)

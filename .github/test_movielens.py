@@ -351,9 +351,9 @@ def test_random_gate_admits_as_many_but_others():
     admit = torch.arange(64) < 16
     gate = type("Gate", (), {"admit": admit})
     torch.manual_seed(0)
-    admitted = rule(None, gate)
+    admitted = rule(gate)
     assert admitted.sum() == 16 and (admitted != admit).any()
-    assert (gate_rule(None, gate) == admit).all()
+    assert (gate_rule(gate) == admit).all()
     assert weight == gate_weight == 5
 
 

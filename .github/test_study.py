@@ -190,7 +190,25 @@ def test_a_world_of_its_own(tiny, monkeypatch):
     assert ranker.click_probability(history, history).std(1).min() > 0.01
 
 
-ARMS = ["before", "nll", "adagrpo", "mix-1@2", "clicks", "oracle", "gradients"]
+def test_histories_of_the_feed_are_learned(tiny):
+    """The likelihood of what its users bought rises; the policy at the start stays."""
+    shop, start, ranker = study.prepare(CONFIG, WORLD | {"noise_ranker": True})
+    history = torch.as_tensor(shop.feed_history)
+
+    def log_likelihood(policy) -> float:
+        """Of the last purchase, given those before it."""
+        last = policy.item_tokens[history[:, -1]]
+        prompt = policy.prompt(history[:, :-1])
+        return adagrpo.log_prob(policy, prompt, last).mean().item()
+
+    before = log_likelihood(start)
+    policy, _ = study.post_trained("histories", shop, start, ranker, CONFIG)
+    assert log_likelihood(policy) > before + 0.1
+    assert log_likelihood(start) == before
+
+
+ARMS = ["before", "nll", "adagrpo", "mix-1@2", "clicks", "histories", "oracle"]
+ARMS += ["gradients"]
 
 
 @pytest.mark.filterwarnings("ignore:Mean of empty slice", "ignore:invalid value")
