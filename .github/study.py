@@ -53,7 +53,7 @@ from toy_data import Shop, Split
 
 MIN_SPREAD = 0.1  # by validation, on development seeds 0 and 2
 MIN_LEVEL = 0.1  # on development seeds 0-3
-HISTORY_STEPS = 1600  # of `histories`, about one pass; nll after it harms on seed 0
+HISTORY_STEPS = 1600  # of `histories`: one pass over the 200,000 users
 CLICK_STEPS = 1600  # of `clicks`, in batches of the pre-training's size
 CLICK_LR = 3e-4  # both by validation, on development seeds 0 and 1
 TEST_USERS = 12_000
