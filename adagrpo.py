@@ -543,9 +543,10 @@ def adagrpo_loss(nll: Tensor, grpo: Tensor, admit: Tensor, weight: float) -> Ten
     """Eq. (7): nll (B,), grpo (B,), admit (B,) bool -> a scalar.
 
     The mean is over all B samples and not over those admitted, so GRPO counts with
-    weight * admission rate, its dose. The NLL is a SUM over the item's L tokens; if
-    yours is a mean over tokens, divide the weight by L. Source: NLL for all and gated
-    GRPO are the paper's (abstract), weight and denominator are ours.
+    weight * admission rate, its dose. The NLL is a SUM over the item's L tokens, like
+    the log-probabilities in GRPO; if it alone is a mean over tokens, divide the weight
+    by L. Source: NLL for all and gated GRPO are the paper's (abstract), weight and
+    denominator are ours.
     """
     return (nll + weight * torch.where(admit, grpo, 0.0)).mean()
 
