@@ -610,8 +610,7 @@ def make_arms(config: Config) -> dict[str, tuple[Rule | None, float]]:
         # no gate: a fixed mixture of NLL and GRPO
         "mix-0.3": (lambda gate: torch.ones_like(gate.admit), 0.3),
         "mix-1": (lambda gate: torch.ones_like(gate.admit), 1.0),
-        # one half of the gate alone; its weight gives about the dose of adagrpo, as long
-        # as weight and thresholds are the default ones
+        # one half of the gate alone; with the default settings at adagrpo's dose, about
         "difficulty": (lambda gate: gate.hard, 2.1),
         "discriminability": (lambda gate: gate.clear, 2.6),
         # the gate

@@ -1421,7 +1421,8 @@ def test_the_readmes_lines_save_scores_of_your_own(monkeypatch, tmp_path):
     users = names["users"]
     with np.load("scores.npz") as scores:
         assert scores["hit"].shape == scores["logp"].shape == (40, 32)
-        history, target = torch.as_tensor(users.history), torch.as_tensor(users.target)
+        history = torch.as_tensor(users.history)
+        target = torch.as_tensor(users.target)
         reward = names["ranker"].click_probability(history, target[:, None])
         assert_close(torch.tensor(scores["target_reward"]), reward[:, 0].detach())
         hits = torch.tensor(scores["hit"])
