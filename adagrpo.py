@@ -2,25 +2,25 @@
 """AdaGRPO in one file: reinforcement learning from a ranker that is not always right.
 
 A policy, a small GPT, writes the semantic ID of the item that a user buys next: L
-tokens, from the coarse category to the single item. A ranker, a click model, scores
+tokens, from the coarse category to the single item. A ranker, a model of clicks, scores
 what it wrote. The ranker is right about some users and wrong about others, because it
-learned only from what a feed chose to show. AdaGRPO trains on EVERY sample with
-supervised NLL and admits the GRPO term sample by sample: only where the policy finds
-the sample hard AND the ranker puts the true item above the average of what the policy
-wrote instead.
+learned from the clicks on a feed, and a feed shows what it likes. AdaGRPO trains on
+EVERY sample with supervised NLL and admits the GRPO term sample by sample: only where
+the policy finds the sample hard AND the ranker puts the true item above the average of
+what the policy wrote instead.
 
 A sample is one user: a history x, and a target y, the true item, which was bought next.
 An ID that names no item is a hallucination. r is the reward of an ID: the ranker's
-score of the item, or 0 for a hallucination. The idea is the paper's (below); of it only
-the abstract could be read, so the formulas of the gate are ours.
+score of the item, or 0 for a hallucination. The idea is the paper's; we could read only
+its abstract, so the formulas of the gate are ours.
 
-  (1) rollouts          a group of G IDs o_1 .. o_G that the policy writes for x,
-                        likeliest first; some may be hallucinations
-  (2) difficulty        d = share of the group that stands ahead of y; 1 if y is absent
+  (1) rollouts          the group: the G likeliest IDs o_1 .. o_G that beam search finds
+                        for x, except what the user has already bought
+  (2) difficulty        d = share of the group that is likelier than y; 1 if y is absent
   (3) discriminability  m = r(y) - mean r over the negatives, the IDs in the group that
-                        name an item other than y; if there are none, g = 0
+                        name an item other than y
   (4) gate              g = 1 if d >= min_difficulty and m >= min_discriminability,
-                        else 0
+                        else 0; 0 if there are no negatives
   (5) advantages        A_i = (r(o_i) - mean r) / std r over the whole group; exactly 0
                         if all r are equal
   (6) GRPO              -mean over i of min(ratio_i A_i, clip(ratio_i) A_i); ratio_i is
@@ -28,37 +28,24 @@ the abstract could be read, so the formulas of the gate are ours.
   (7) loss              mean over samples of NLL + weight * g * GRPO, where
                         NLL = -log policy(y | x)
 
-A hallucination counts in (5), so that GRPO pushes it down; (3) leaves it out, because
-its 0 would lower the mean and so raise m.
-
-The program pre-trains a policy on purchases and a ranker on the feed's clicks. Then it
-post-trains copies of the policy by several rules, the arms (NLL alone, a fixed mixture,
-AdaGRPO), and compares them, alone and with the ranker's help.
-
-By default the group is not drawn at random: it holds the G likeliest IDs, found by beam
-search. The GRPO term then compares these IDs with each other; it is not an unbiased
-estimate of the policy gradient. `--decode sample` draws the group instead and sorts it,
-likeliest first.
-
-Left out: a KL term (the NLL is the anchor), several updates per rollout (with one,
-every ratio is 1, see `grpo_loss`), and constrained decoding (it would hide
-hallucinations). Not meant for production: the folder .github has a diagnosis for your
-own models, a run on a real log, the gate in an existing trainer, and the study.
+The group is not drawn: GRPO compares these IDs with each other, and its term is no
+unbiased estimate of the policy gradient. A hallucination counts in (2) and (5), so that
+GRPO pushes it down; (3) leaves it out, because its 0 would lower the mean and raise m. Left
+out of this file: a KL term (the NLL is the anchor), several updates per rollout, and
+constrained decoding (it would hide hallucinations).
 
 Shapes: B samples, G rollouts in each group, L tokens per item, V tokens in the
-vocabulary, T = H * L tokens in the prompt (a history of H items). No tensor names its
-device: torch's default device is set when the program starts.
+vocabulary; histories of K items, of which the policy reads the last H: T = H * L tokens.
 
 Paper: Xu, Qi, Zou et al., "Adaptive Loss Balancing for Noise-Robust GRPO in Generative
-Recommendation", arXiv 2606.08480 (2026). GRPO: Shao et al., DeepSeekMath, arXiv
-2402.03300.
+Recommendation", arXiv 2606.08480 (2026). GRPO: DeepSeekMath, arXiv 2402.03300.
 """
 
 import argparse
 import copy
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,378 +57,7 @@ from tqdm import tqdm
 
 from toy_data import Shop, Split, make_shop
 
-
-@dataclass
-class Config:
-    """The settings; each has a command-line option of the same name."""
-
-    seed: int = 0  # of the shop, the initial weights, and all random draws
-    users: int = 1200  # to post-train on
-    bias: float = 1.0  # how strongly the feed hides and favours items
-    max_grad_norm: float = 1.0  # in every training, a longer gradient is cut to this
-
-    # the policy's pre-training
-    pretrain_epochs: int = 4
-    pretrain_batch: int = 128
-    pretrain_lr: float = 1e-3
-
-    # the ranker's training
-    ranker_epochs: int = 3
-    ranker_batch: int = 512
-    ranker_lr: float = 6e-3
-    negatives: int = 2  # random items per slate (not the negatives of eq. 3)
-
-    # post-training
-    epochs: int = 3
-    batch: int = 8  # samples per step (B)
-    lr: float = 3e-4
-    group: int = 32  # rollouts per sample (G)
-    decode: str = "beam"  # how they are made: "beam" or "sample"
-    weight: float = 5.0  # of GRPO in the arm adagrpo; the NLL has weight 1
-    min_difficulty: float = 0.3  # with 32 beams: the target is not among the first ten
-    min_discriminability: float = 0.01  # in the unit of the reward, a click probability
-
-
-# ------------------------------------------------------------------------------- policy
-
-
-KV = tuple[Tensor, Tensor]  # keys and values of the tokens that a block has read
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block: attention, then an MLP, each added to its input."""
-
-    def __init__(self, width: int, heads: int = 4):
-        super().__init__()
-        self.heads = heads
-        self.norm1 = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-        self.norm2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
-        )
-
-    def forward(self, x: Tensor, sees: Tensor, past: KV | None) -> tuple[Tensor, KV]:
-        attended, keys_and_values = self.attend(self.norm1(x), sees, past)
-        x = x + attended
-        x = x + self.mlp(self.norm2(x))
-        return x, keys_and_values
-
-    def attend(self, x: Tensor, sees: Tensor, past: KV | None) -> tuple[Tensor, KV]:
-        """Multi-head attention of N new tokens to the past ones and to each other."""
-        B, N, width = x.shape  # sees is (B or 1, N, keys)
-        qkv = self.qkv(x).view(B, N, 3, self.heads, width // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, width / heads) each
-        if past is not None:
-            past_k, past_v = past
-            k = torch.cat([past_k, k], dim=2)
-            v = torch.cat([past_v, v], dim=2)
-
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=sees[:, None])
-        return self.out(y.transpose(1, 2).flatten(2)), (k, v)  # (B, N, width)
-
-
-class Policy(nn.Module):
-    """A small GPT over the tokens of semantic IDs.
-
-    Nothing stops it from writing an ID that names no item. `item_tokens` (items, L) are
-    the IDs of the catalogue; `history_length` is H. Raises ValueError if two items have
-    the same ID, or if IDs are too long to be numbered in 64 bits.
-    """
-
-    def __init__(self, item_tokens: np.ndarray, history_length: int, width: int = 64):
-        super().__init__()
-        item_tokens = torch.as_tensor(item_tokens).long()
-        L = item_tokens.shape[1]
-        self.vocabulary = int(item_tokens.max()) + 1
-        if self.vocabulary**L >= 2**63:
-            raise ValueError(f"item_tokens: IDs of {L} tokens overflow 64 bits")
-
-        self.embedding = nn.Embedding(self.vocabulary, width)
-        self.position = nn.Embedding(L * (history_length + 1), width)
-        self.blocks = nn.ModuleList([Block(width), Block(width)])
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, self.vocabulary, bias=False)
-        for parameter in self.parameters():
-            if parameter.ndim == 2:
-                nn.init.normal_(parameter, std=0.02)
-
-        # The catalogue, and its IDs as sorted numbers to look an item up.
-        id_numbers, item_of_id = self.number_of(item_tokens).sort()
-        if len(id_numbers.unique()) < len(id_numbers):
-            raise ValueError("item_tokens: two items have the same ID")
-        self.register_buffer("item_tokens", item_tokens, persistent=False)
-        self.register_buffer("id_numbers", id_numbers, persistent=False)
-        self.register_buffer("item_of_id", item_of_id, persistent=False)
-
-    def forward(
-        self,
-        tokens: Tensor,  # (B, N)
-        sees: Tensor | None = None,  # (B, N, cached + N) bool: what each token sees
-        cache: list | None = None,  # a KV for each block: the tokens read so far
-    ) -> tuple[Tensor, list]:
-        """Log-probabilities of what follows each token (B, N, V), and the next cache.
-
-        By default each token sees itself and what stands before it.
-        """
-        N = tokens.shape[1]
-        if sees is None:
-            sees = torch.ones(1, N, N, dtype=torch.bool).tril()
-        if cache is None:
-            cache = [None] * len(self.blocks)
-
-        # A token's place is the number of others that it sees: see `rollout`.
-        position = sees.sum(-1) - 1
-        x = self.embedding(tokens) + self.position(position)  # (B, N, width)
-        new_cache = []
-        for block, past in zip(self.blocks, cache, strict=True):
-            x, keys_and_values = block(x, sees, past)
-            new_cache.append(keys_and_values)
-
-        logits = self.head(self.norm(x))
-        return logits.log_softmax(-1), new_cache
-
-    def prompt(self, history: Tensor) -> Tensor:
-        """Item numbers (B, H) -> their tokens in a row (B, T)."""
-        return self.item_tokens[history].flatten(1)
-
-    def number_of(self, tokens: Tensor) -> Tensor:
-        """Semantic IDs (..., L) read as numbers in base V (...)."""
-        number = torch.zeros_like(tokens[..., 0])
-        for token in tokens.unbind(-1):
-            number = number * self.vocabulary + token
-        return number
-
-    def items_of(self, tokens: Tensor) -> Tensor:
-        """Semantic IDs (..., L) -> item numbers (...), -1 for a hallucination."""
-        number = self.number_of(tokens)
-        place = torch.searchsorted(self.id_numbers, number)
-        place = place.clamp(max=len(self.id_numbers) - 1)
-        is_item = self.id_numbers[place] == number
-        return torch.where(is_item, self.item_of_id[place], -1)
-
-
-# ---------------------------------------------------------------- supervised training
-
-
-def shuffled_batches(samples: int, batch: int, epochs: int) -> tuple[Tensor, ...]:
-    """Row numbers of each batch; each pass has a new order, a batch may span two."""
-    passes = [torch.randperm(samples) for _ in range(epochs)]
-    return torch.cat(passes).split(batch)
-
-
-def make_optimizer(model: nn.Module, lr: float, steps: int) -> tuple:
-    """AdamW, and a schedule with a warm-up of 20 steps and a linear decay to 0."""
-    # foreach: the same arithmetic in fewer calls
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, foreach=True)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / 20, 1 - step / steps)
-    )
-    return optimizer, scheduler
-
-
-def fit(
-    model: nn.Module,
-    lr: float,
-    batches: tuple[Tensor, ...],
-    loss_of: Callable[[Tensor], Tensor],  # row numbers of a batch -> loss
-    config: Config,
-    label: str,  # of the progress bar
-) -> None:
-    """Plain supervised training, for the policy's pre-training and for the ranker."""
-    optimizer, scheduler = make_optimizer(model, lr, len(batches))
-    for rows in tqdm(batches, label, leave=False, disable=None):  # None: terminals only
-        loss = loss_of(rows)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        optimizer.step()
-        scheduler.step()
-
-
-def pretrain(shop: Shop, config: Config) -> Policy:
-    """A policy trained by next-token NLL on last season's sequences of purchases."""
-    torch.manual_seed(config.seed)
-    split = shop.pretrain  # history (N, H) and target (N,), item numbers
-    policy = Policy(shop.tokens, history_length=split.history.shape[1])
-
-    purchases = np.column_stack([split.history, split.target])
-    sequences = policy.prompt(torch.as_tensor(purchases))  # (N, T + L)
-
-    def loss_of(rows: Tensor) -> Tensor:
-        sequence = sequences[rows]
-        next_logp, _ = policy(sequence[:, :-1])  # (B, T + L - 1, V)
-        return F.nll_loss(next_logp.flatten(0, 1), sequence[:, 1:].flatten())
-
-    N = len(sequences)
-    batches = shuffled_batches(N, config.pretrain_batch, config.pretrain_epochs)
-    fit(policy, config.pretrain_lr, batches, loss_of, config, "pre-training")
-    return policy
-
-
-# ------------------------------------------------------------------------------- ranker
-
-
-class Ranker(nn.Module):
-    """A click model: an MLP on the embeddings of user and item and on their product.
-
-    The user is the mean embedding of the history, which has no order.
-    """
-
-    def __init__(self, items: int, width: int = 32):
-        super().__init__()
-        self.bought = nn.Embedding(items, width)
-        self.offered = nn.Embedding(items, width)
-        nn.init.normal_(self.bought.weight, std=0.1)
-        nn.init.normal_(self.offered.weight, std=0.1)
-        self.mlp = nn.Sequential(
-            nn.Linear(3 * width, 128),
-            nn.ReLU(),
-            nn.Linear(128, 64),
-            nn.ReLU(),
-            nn.Linear(64, 1),
-        )
-
-    def forward(self, history: Tensor, items: Tensor) -> Tensor:
-        """Item numbers: history (B, H), items (B, K) -> logits of a click (B, K)."""
-        item = self.offered(items)  # (B, K, width)
-        user = self.bought(history).mean(1, keepdim=True)  # (B, 1, width)
-        user = user.expand_as(item)
-
-        # The product starts far smaller than its factors: times 10.
-        product = 10 * user * item
-        features = torch.cat([user, item, product], dim=-1)
-        return self.mlp(features).squeeze(-1)
-
-    def click_probability(self, history: Tensor, items: Tensor) -> Tensor:
-        """The score: P(click) in 0..1 (B, K)."""
-        return self(history, items).sigmoid()
-
-
-def train_ranker(shop: Shop, config: Config) -> Ranker:
-    """A ranker trained by binary cross-entropy on the feed's slates and their clicks.
-
-    A slate is what one user was shown, S items. A few random items join it as "not
-    clicked": all that the ranker learns about items that the feed hides.
-    """
-    torch.manual_seed(config.seed)
-    items = len(shop.tokens)
-    ranker = Ranker(items)
-    history = torch.as_tensor(shop.feed_history)  # (M, H)
-    shown = torch.as_tensor(shop.shown)  # (M, S)
-    clicked = torch.as_tensor(shop.clicked).float()  # (M, S)
-
-    def loss_of(rows: Tensor) -> Tensor:
-        # A random item may be one that was clicked: rarely, and it does not matter.
-        random_items = torch.randint(items, (len(rows), config.negatives))
-        offered = torch.cat([shown[rows], random_items], dim=1)  # (B, S + negatives)
-        not_clicked = torch.zeros(random_items.shape)
-        labels = torch.cat([clicked[rows], not_clicked], dim=1)
-
-        logits = ranker(history[rows], offered)
-        return F.binary_cross_entropy_with_logits(logits, labels)
-
-    batches = shuffled_batches(len(shown), config.ranker_batch, config.ranker_epochs)
-    fit(ranker, config.ranker_lr, batches, loss_of, config, "ranker")
-    return ranker
-
-
-# ------------------------------------------------------------------------------ rollout
-
-
-def log_prob(policy: Policy, prompt: Tensor, item_tokens: Tensor) -> Tensor:
-    """log policy(item | prompt): prompt (B, T), the item's tokens (B, L) -> (B,).
-
-    It is the SUM over the item's tokens, here and in every loss of post-training.
-    """
-    L = item_tokens.shape[1]
-    sequence = torch.cat([prompt, item_tokens], dim=1)
-    next_logp, _ = policy(sequence[:, :-1])  # (B, T + L - 1, V)
-    next_logp = next_logp[:, -L:]  # (B, L, V): those that predict the item
-    token_logp = next_logp.gather(2, item_tokens[..., None]).squeeze(2)  # (B, L)
-    return token_logp.sum(1)
-
-
-def rollout(
-    policy: Policy, prompt: Tensor, group: int, decode: str
-) -> tuple[Tensor, Tensor]:
-    """Eq. (1): a group of IDs for each prompt, likeliest first.
-
-    prompt (B, T), decode "beam" or "sample" -> tokens (B, G, L) and log-probabilities
-    (B, G) with their gradient, so that no second pass over the rollouts is needed.
-    Nothing constrains the tokens.
-
-    Each rollout is a branch that grows by one token per level. The prompt is encoded
-    once, all branches go through the policy side by side, and a mask keeps them apart:
-    a branch sees the prompt and its own tokens. (A copy of the cache for each branch
-    is two to three times slower.) With 3 branches, at the second level:
-
-                        sees:  prompt   level 1   level 2
-                               x x x     a b c     d e f
-        d, which continues a   1 1 1     1 0 0     1 0 0
-        e, which continues a   1 1 1     1 0 0     0 1 0
-        f, which continues c   1 1 1     0 0 1     0 0 1
-
-    Nothing continues b: it stays in the cache, and nobody sees it.
-    """
-    B, T = prompt.shape
-    L = policy.item_tokens.shape[1]
-    row = torch.arange(B)[:, None]  # x[row, parent] picks branches of each sample
-
-    # Q branches, all of them empty: one to search from, or G to draw.
-    Q = 1
-    if decode == "sample":
-        Q = group
-    next_logp, cache = policy(prompt)
-    next_logp = next_logp[:, -1:].expand(-1, Q, -1)  # (B, Q, V): what may follow each
-    total = torch.zeros(B, Q)  # log-probability of what each branch has written
-    tokens = torch.zeros(B, Q, 0, dtype=torch.long)  # (B, Q, tokens so far)
-    sees = torch.ones(B, Q, T, dtype=torch.bool)  # (B, Q, tokens in the cache)
-
-    for level in range(L):
-        # Choose which branches grow and by which token, (B, G) both, without gradient.
-        with torch.no_grad():
-            if decode == "beam":
-                parent, token = beam(total, next_logp, group)
-            else:  # one random token for each branch
-                parent = torch.arange(group).expand(B, group)
-                probability = next_logp.exp().flatten(0, 1)  # (B * G, V)
-                token = torch.multinomial(probability, 1).view(B, group)
-
-        # A new branch is its parent and one more token.
-        total = total[row, parent] + next_logp[row, parent, token]  # (B, G)
-        tokens = torch.cat([tokens[row, parent], token[..., None]], dim=2)
-
-        # If the IDs are not complete, the policy reads the new tokens. Each sees what
-        # its parent saw, and itself.
-        if level < L - 1:
-            Q = token.shape[1]
-            itself = torch.eye(Q, dtype=torch.bool).expand(B, -1, -1)
-            sees = torch.cat([sees[row, parent], itself], dim=2)
-            next_logp, cache = policy(token, sees, cache)
-
-    # topk has sorted the beams; draws have still to be sorted.
-    if decode == "sample":
-        order = total.argsort(dim=1, descending=True)
-        tokens = tokens[row, order]
-        total = total[row, order]
-    return tokens, total
-
-
-def beam(total: Tensor, next_logp: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """The G likeliest continuations of all branches: total (B, Q), next_logp (B, Q, V).
-
-    Returns the branch that each one continues and its next token, (B, G) both; while
-    there are fewer continuations than G, all of them.
-    """
-    Q, V = next_logp.shape[1:]
-    continuations = total[..., None] + next_logp  # (B, Q, V)
-    best = continuations.flatten(1).topk(min(group, Q * V)).indices  # (B, G)
-    return best // V, best % V
-
-
-# ---------------------------------------------- the method: gate, advantages, losses
+# ------------------------------------------------ the method: gate, advantages, losses
 
 
 class Gate(NamedTuple):
@@ -467,22 +83,16 @@ def adagrpo_gate(
 ) -> Gate:
     """Eq. (2)-(4): admit GRPO where the policy finds it hard and the ranker is clear.
 
-    A row is the group of one prompt. If its columns have no order (ranked=False), the
-    difficulty is the share of misses: choose its threshold anew. Scores may be
-    probabilities or logits. An ID that was drawn twice counts twice. A group without
-    negatives closes the gate, and so does a score of target or negative that is nan or
-    infinite.
-
-    Raises ValueError for shapes that do not fit, TypeError for masks that are not bool.
-    Source: diagnostics and 0/1 gate are the paper's (abstract), these formulas ours.
+    How to choose the thresholds: min_difficulty = k / G means "not among the first k";
+    min_discriminability is about a tenth of the spread of your scores. Draws have no
+    order: with ranked=False the difficulty is the share of misses, and 0.9 of 8 draws
+    means "no hit". A score of the target or a negative that is nan or infinite closes
+    the gate. Source: two diagnostics and a 0/1 gate are the paper's, the formulas ours.
     """
-    shape = rollout_rewards.shape  # (B, G)
-    fits = len(shape) == 2 and hit.shape == valid.shape == shape
-    if not fits or target_reward.shape != shape[:1]:
-        raise ValueError(
-            "target_reward must be (B,), and rollout_rewards, hit, valid (B, G), got "
-            f"{[tuple(x.shape) for x in (target_reward, rollout_rewards, hit, valid)]}"
-        )
+    shapes = [tuple(x.shape) for x in (target_reward, rollout_rewards, hit, valid)]
+    group = shapes[1]  # (B, G)
+    if len(group) != 2 or shapes != [group[:1], group, group, group]:
+        raise ValueError(f"expected target_reward (B,), the others (B, G): {shapes}")
     if hit.dtype != torch.bool or valid.dtype != torch.bool:
         raise TypeError(f"hit, valid must be bool, got {hit.dtype}, {valid.dtype}")
 
@@ -499,22 +109,17 @@ def adagrpo_gate(
 
     hard = difficulty >= min_difficulty
     clear = (discriminability >= min_discriminability) & discriminability.isfinite()
-    return Gate(  # eq. (4)
-        admit=hard & clear,
-        hard=hard,
-        clear=clear,
-        difficulty=difficulty,
-        discriminability=discriminability,
-    )
+    admit = hard & clear  # (B,)  eq. (4)
+    return Gate(admit, hard, clear, difficulty, discriminability)
 
 
 def group_advantages(rewards: Tensor) -> Tensor:
     """Eq. (5): rewards (B, G) -> standardised in each group (B, G), without gradient.
 
-    A group that is flat up to rounding (its spread is below a millionth of its largest
-    reward) gets exactly 0, and so does one with a reward that is not finite. If rewards
-    are logits, give hallucinations less than all of them, not 0. Source: GRPO, with the
-    population standard deviation; the care for flat groups is ours.
+    A group that is flat up to rounding gets exactly 0, and so does one with a reward
+    that is not finite. Can your scores be negative? Then give a hallucination not 0 but
+    the lowest score of an item less one std of the scores. Source: GRPO; flat groups
+    are ours.
     """
     rewards = rewards.detach().float()
     centred = rewards - rewards.mean(1, keepdim=True)
@@ -534,7 +139,10 @@ def grpo_loss(
     -mean(A) = 0; its gradient, -mean(A_i * grad logp_i), is not. Source: GRPO without
     its KL term, and with one ratio per item.
     """
-    ratio = (logp - old_logp).exp()  # (B, G)
+    log_ratio = logp - old_logp  # (B, G)
+    # No nan where your beams are padded (-inf - -inf) or a ratio would overflow.
+    log_ratio = torch.where(log_ratio.abs() < 20, log_ratio, 0.0)
+    ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip, 1 + clip)
     return -torch.minimum(ratio * advantages, clipped * advantages).mean(1)
 
@@ -542,16 +150,331 @@ def grpo_loss(
 def adagrpo_loss(nll: Tensor, grpo: Tensor, admit: Tensor, weight: float) -> Tensor:
     """Eq. (7): nll (B,), grpo (B,), admit (B,) bool -> a scalar.
 
-    The mean is over all B samples and not over those admitted, so GRPO counts with
-    weight * admission rate, its dose. The NLL is a SUM over the item's L tokens, like
-    the log-probabilities in GRPO; if it alone is a mean over tokens, divide the weight
-    by L. Source: NLL for all and gated GRPO are the paper's (abstract), weight and
-    denominator are ours.
+    GRPO teaches the RANKER'S order of the group. The true item, which most admitted
+    groups lack, only decides whether to listen. The mean is over all B samples, so GRPO
+    counts with weight * admission rate, its dose. The NLL is a SUM over the item's L
+    tokens, like logp in GRPO. Source: the paper's idea; weight and denominator ours.
     """
     return (nll + weight * torch.where(admit, grpo, 0.0)).mean()
 
 
-# ------------------------------------------------------------------------ training loop
+# ----------------------------------------------------------------------------- settings
+# That was the method; you may stop here. What follows makes it run.
+
+
+@dataclass
+class Config:
+    """The settings; each has a command-line option of the same name."""
+
+    seed: int = 0  # of the shop, the initial weights, and all random draws
+    users: int = 1200  # to post-train on
+    bias: float = 1.0  # how strongly the feed favours some items and hides others
+
+    # the policy's pre-training
+    pretrain_epochs: int = 12
+    pretrain_batch: int = 128
+    pretrain_lr: float = 5e-3
+
+    # the ranker's training
+    ranker_epochs: int = 3
+    ranker_batch: int = 512
+    ranker_lr: float = 6e-3
+    random_items: int = 2  # count as "not clicked" beside every list that was shown
+
+    # post-training
+    epochs: int = 3
+    batch: int = 8  # samples per step (B)
+    lr: float = 3e-4
+    group: int = 32  # rollouts per sample (G)
+    weight: float = 5.0  # of GRPO in the arm adagrpo; the NLL has weight 1
+    min_difficulty: float = 0.3  # with 32 beams: the target is not among the first ten
+    min_discriminability: float = 0.01  # in the unit of the reward, a click probability
+
+
+# ------------------------------------------------------------------------------- policy
+# An ordinary GPT.
+
+KV = tuple[Tensor, Tensor]  # keys and values of the tokens that a block has read
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: attention, then an MLP, each added to its input."""
+
+    def __init__(self, width: int, heads: int = 4):
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, x: Tensor, mask: Tensor, past: KV | None) -> tuple[Tensor, KV]:
+        """N new tokens read the past ones and each other; mask is (B or 1, N, keys)."""
+        B, N, width = x.shape
+        qkv = self.qkv(self.norm1(x)).view(B, N, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, width / heads) each
+        if past is not None:
+            past_k, past_v = past
+            k = torch.cat([past_k, k], dim=2)
+            v = torch.cat([past_v, v], dim=2)
+
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
+        x = x + self.out(y.transpose(1, 2).flatten(2))  # (B, N, width)
+        x = x + self.mlp(self.norm2(x))
+        return x, (k, v)
+
+
+class Policy(nn.Module):
+    """A small GPT over the tokens of semantic IDs.
+
+    `item_tokens` (items, L) are the IDs of the catalogue, and `history_length` is H.
+    Nothing stops the policy from writing an ID that names no item.
+    """
+
+    def __init__(self, item_tokens: Tensor, history_length: int, width: int = 64):
+        super().__init__()
+        L = item_tokens.shape[1]
+        self.history_length = history_length
+        self.vocabulary = int(item_tokens.max()) + 1
+        self.embedding = nn.Embedding(self.vocabulary, width)
+        self.position = nn.Embedding(L * (history_length + 1), width)
+        self.blocks = nn.ModuleList([Block(width), Block(width)])
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, self.vocabulary, bias=False)
+        for parameter in self.parameters():
+            if parameter.ndim == 2:
+                nn.init.normal_(parameter, std=0.02)
+
+        # The catalogue, in both directions.
+        self.register_buffer("item_tokens", item_tokens, persistent=False)
+        self.item_of = {tuple(ID): item for item, ID in enumerate(item_tokens.tolist())}
+        if len(self.item_of) < len(item_tokens):
+            raise ValueError("item_tokens: two items have the same ID")
+
+    def forward(
+        self,
+        tokens: Tensor,  # (B, N)
+        mask: Tensor | None = None,  # (B, N, cached + N) bool: what each token sees
+        cache: list[KV] | None = None,  # of each block: the tokens read so far
+    ) -> tuple[Tensor, list[KV]]:
+        """Log-probabilities of what follows each token (B, N, V), and the next cache."""
+        N = tokens.shape[1]
+        cached = 0
+        if cache is None:
+            cache = [None] * len(self.blocks)
+        else:
+            keys, _ = cache[0]
+            cached = keys.shape[2]
+        if mask is None:  # each token sees itself and all that stands before it
+            mask = torch.ones(1, N, cached + N, dtype=torch.bool).tril(cached)
+
+        # A token's place is the number of others that it sees: see `rollout`.
+        position = mask.sum(-1) - 1
+        x = self.embedding(tokens) + self.position(position)  # (B, N, width)
+        new_cache = []
+        for block, past in zip(self.blocks, cache, strict=True):
+            x, keys_and_values = block(x, mask, past)
+            new_cache.append(keys_and_values)
+
+        logits = self.head(self.norm(x))
+        return logits.log_softmax(-1), new_cache
+
+    def prompt(self, history: Tensor) -> Tensor:
+        """The tokens (B, T) of the last H items of histories (B, H or more)."""
+        return self.item_tokens[history[:, -self.history_length :]].flatten(1)
+
+    def items_of(self, tokens: Tensor) -> Tensor:
+        """Semantic IDs (B, G, L) -> item numbers (B, G), -1 for a hallucination."""
+        IDs = tokens.flatten(0, 1).tolist()
+        items = [self.item_of.get(tuple(ID), -1) for ID in IDs]
+        return torch.tensor(items).view(tokens.shape[:2])
+
+    # A saved policy holds its catalogue, and refuses to be loaded with another one.
+
+    def get_extra_state(self) -> Tensor:
+        return self.item_tokens
+
+    def set_extra_state(self, saved: Tensor) -> None:
+        if not torch.equal(saved.to(self.item_tokens.device), self.item_tokens):
+            raise ValueError("the policy was saved with another catalogue")
+
+
+def log_prob(policy: Policy, prompt: Tensor, item_tokens: Tensor) -> Tensor:
+    """log policy(item | prompt): prompt (B, T), the item's tokens (B, L) -> (B,).
+
+    It is the SUM over the item's tokens, here and in every loss of post-training.
+    """
+    L = item_tokens.shape[1]
+    sequence = torch.cat([prompt, item_tokens], dim=1)
+    next_logp, _ = policy(sequence[:, :-1])  # (B, T + L - 1, V)
+    next_logp = next_logp[:, -L:]  # (B, L, V): those that predict the item
+    token_logp = next_logp.gather(2, item_tokens[..., None]).squeeze(2)  # (B, L)
+    return token_logp.sum(1)
+
+
+def rollout(policy: Policy, prompt: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Beam search: the likeliest IDs for each prompt, likeliest first.
+
+    prompt (B, T) -> tokens (B, G, L) and log-probabilities (B, G) with their gradient,
+    so that no second pass over the rollouts is needed. Nothing constrains the tokens.
+
+    Each rollout is a branch that grows by one token per level. The prompt is encoded
+    once, all branches go through the policy side by side, and a mask keeps them apart:
+    a branch sees the prompt and its own tokens. With 3 branches, at the second level:
+
+                        sees:  prompt   level 1   level 2
+                               x x x     a b c     d e f
+        d, which continues a   1 1 1     1 0 0     1 0 0
+        e, which continues a   1 1 1     1 0 0     0 1 0
+        f, which continues c   1 1 1     0 0 1     0 0 1
+
+    Nothing continues b: it stays in the cache, and nobody sees it.
+    """
+    B, T = prompt.shape
+    L = policy.item_tokens.shape[1]
+    V = policy.vocabulary
+    row = torch.arange(B)[:, None]  # x[row, parent] picks branches of each sample
+
+    # At first there is one branch, and it is empty. Q is the number of branches.
+    next_logp, cache = policy(prompt)
+    next_logp = next_logp[:, -1:]  # (B, Q, V): what may follow each
+    total = torch.zeros(B, 1)  # (B, Q): log-probability of what each has written
+    tokens = torch.zeros(B, 1, 0, dtype=torch.long)  # (B, Q, tokens so far)
+    mask = torch.ones(B, 1, T, dtype=torch.bool)  # (B, Q, tokens in the cache)
+
+    for level in range(L):
+        # Keep the likeliest continuations: a branch (the parent) and one more token.
+        # Early there may be fewer than the group needs.
+        continuations = (total[..., None] + next_logp).flatten(1)  # (B, Q * V)
+        Q = min(group, continuations.shape[1])
+        total, best = continuations.topk(Q)  # (B, Q)
+        parent = best // V
+        token = best % V
+        tokens = torch.cat([tokens[row, parent], token[..., None]], dim=2)
+
+        # If the IDs are not complete, the policy reads the new tokens. Each sees what
+        # its parent saw, and itself.
+        if level < L - 1:
+            itself = torch.eye(Q, dtype=torch.bool).expand(B, -1, -1)
+            mask = torch.cat([mask[row, parent], itself], dim=2)
+            next_logp, cache = policy(token, mask, cache)
+    return tokens, total
+
+
+# ------------------------------------------------------------------ supervised training
+
+MAX_GRAD_NORM = 1.0  # a longer gradient is cut to this
+
+
+class Optimizer:
+    """AdamW; the learning rate warms up for 20 steps and then falls to 0."""
+
+    def __init__(self, model: nn.Module, lr: float, steps: int):
+        self.params = list(model.parameters())
+        # foreach: the same arithmetic in fewer calls.
+        self.adamw = torch.optim.AdamW(self.params, lr=lr, foreach=True)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.adamw, lambda step: min((step + 1) / 20, 1 - step / steps)
+        )
+
+    def step(self, loss: Tensor) -> None:
+        """One update. RuntimeError if the gradient is not finite."""
+        self.adamw.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.params, MAX_GRAD_NORM, error_if_nonfinite=True)
+        self.adamw.step()
+        self.schedule.step()
+
+
+def shuffled_batches(samples: int, batch: int, epochs: int) -> tuple[Tensor, ...]:
+    """Row numbers of each batch; each pass has a new order, a batch may span two."""
+    passes = [torch.randperm(samples) for _ in range(epochs)]
+    return torch.cat(passes).split(batch)
+
+
+def pretrain(shop: Shop, config: Config) -> Policy:
+    """A policy trained by next-token NLL on last season's sequences of purchases."""
+    torch.manual_seed(config.seed)
+    N, H = shop.pretrain.history.shape
+    policy = Policy(torch.as_tensor(shop.tokens), history_length=H)
+
+    purchases = np.column_stack([shop.pretrain.history, shop.pretrain.target])
+    sequences = policy.item_tokens[purchases].flatten(1)  # (N, T + L)
+    batches = shuffled_batches(N, config.pretrain_batch, config.pretrain_epochs)
+    optimizer = Optimizer(policy, config.pretrain_lr, len(batches))
+    for rows in tqdm(batches, "pre-training", leave=False, disable=None):
+        sequence = sequences[rows]
+        next_logp, _ = policy(sequence[:, :-1])  # (B, T + L - 1, V)
+        loss = F.nll_loss(next_logp.flatten(0, 1), sequence[:, 1:].flatten())
+        optimizer.step(loss)
+    return policy
+
+
+class Ranker(nn.Module):
+    """A click model: an MLP on the embeddings of user and item and on their product.
+
+    The user is the mean embedding of the history, in which the order is lost.
+    """
+
+    def __init__(self, items: int, width: int = 32):
+        super().__init__()
+        self.bought = nn.Embedding(items, width)
+        self.offered = nn.Embedding(items, width)
+        nn.init.normal_(self.bought.weight, std=0.1)
+        nn.init.normal_(self.offered.weight, std=0.1)
+        self.mlp = nn.Sequential(
+            nn.Linear(3 * width, 128),
+            nn.ReLU(),
+            nn.Linear(128, 64),
+            nn.ReLU(),
+            nn.Linear(64, 1),
+        )
+
+    def forward(self, history: Tensor, items: Tensor) -> Tensor:
+        """Item numbers: history (B, H), items (B, K) -> logits of a click (B, K)."""
+        item = self.offered(items)  # (B, K, width)
+        user = self.bought(history).mean(1, keepdim=True).expand_as(item)
+
+        # The product starts far smaller than its factors: times 10.
+        product = 10 * user * item
+        features = torch.cat([user, item, product], dim=-1)  # (B, K, 3 * width)
+        return self.mlp(features).squeeze(-1)
+
+    def click_probability(self, history: Tensor, items: Tensor) -> Tensor:
+        """The score: P(click) in 0..1 (B, K)."""
+        return self(history, items).sigmoid()
+
+
+def train_ranker(shop: Shop, config: Config) -> Ranker:
+    """A ranker trained by binary cross-entropy on the feed's slates and their clicks.
+
+    A slate is what one user was shown, S items. A few random items join it as "not
+    clicked": all that the ranker learns about items that the feed hides.
+    """
+    torch.manual_seed(config.seed)
+    items = len(shop.tokens)
+    history = torch.as_tensor(shop.feed_history)  # (M, H)
+    shown = torch.as_tensor(shop.shown)  # (M, S)
+    clicked = torch.as_tensor(shop.clicked).float()  # (M, S)
+    ranker = Ranker(items)
+
+    batches = shuffled_batches(len(shown), config.ranker_batch, config.ranker_epochs)
+    optimizer = Optimizer(ranker, config.ranker_lr, len(batches))
+    for rows in tqdm(batches, "ranker", leave=False, disable=None):
+        # A random item may be one that was clicked: rarely, and it does not matter.
+        random = torch.randint(items, (len(rows), config.random_items))
+        offered = torch.cat([shown[rows], random], dim=1)  # (B, S + random items)
+        labels = torch.cat([clicked[rows], torch.zeros(random.shape)], dim=1)
+        logits = ranker(history[rows], offered)
+        loss = F.binary_cross_entropy_with_logits(logits, labels)
+        optimizer.step(loss)
+    return ranker
+
+
+# ------------------------------------------------------------------------ post-training
 
 
 class Scored(NamedTuple):
@@ -559,7 +482,6 @@ class Scored(NamedTuple):
 
     tokens: Tensor  # (B, G, L) the rollouts, likeliest first
     logp: Tensor  # (B, G) their log-probabilities, with gradient
-    items: Tensor  # (B, G) the items that they name, -1 for a hallucination
     hit: Tensor  # (B, G) bool: it is the target
     valid: Tensor  # (B, G) bool: it is an item
     rewards: Tensor  # (B, G) 0 for a hallucination
@@ -567,20 +489,37 @@ class Scored(NamedTuple):
 
 
 def roll_out_and_score(
-    policy: Policy, ranker: Ranker, history: Tensor, target: Tensor, config: Config
+    policy: Policy, ranker: Ranker, history: Tensor, target: Tensor, group: int
 ) -> Scored:
-    """Eq. (1) and its rewards: history (B, H) and target (B,) are item numbers."""
-    prompt = policy.prompt(history)  # (B, T)
-    tokens, logp = rollout(policy, prompt, config.group, config.decode)
-    items = policy.items_of(tokens)  # (B, G)
-    hit = items == target[:, None]
-    valid = items >= 0
+    """Eq. (1) and its rewards: history (B, K) and target (B,) are item numbers.
 
+    Nobody buys an item twice, so what was bought is not recommended. A history holds K
+    items: of G + K beams at least G are left, and the likeliest G are the group.
+    """
+    B, K = history.shape
+    tokens, logp = rollout(policy, policy.prompt(history), group + K)
+    items = policy.items_of(tokens)  # (B, G + K), fewer if there are no more IDs
+    group = min(group, items.shape[1] - K)
+    if group < 2:
+        raise ValueError("group: fewer than 2 IDs are left to recommend")
+
+    # A stable sort puts what was bought last, and keeps the order of the others.
+    is_bought = (items[:, :, None] == history[:, None, :]).any(2)
+    kept = is_bought.int().argsort(dim=1, stable=True)[:, :group]
+    row = torch.arange(B)[:, None]
+    tokens = tokens[row, kept]
+    logp = logp[row, kept]
+    items = items[row, kept]  # (B, G)  eq. (1)
+
+    valid = items >= 0
+    hit = valid & (items == target[:, None])
     with torch.no_grad():  # the ranker learns nothing here
         scores = ranker.click_probability(history, items.clamp(min=0))
         rewards = torch.where(valid, scores, 0.0)
         target_reward = ranker.click_probability(history, target[:, None]).squeeze(1)
-    return Scored(tokens, logp, items, hit, valid, rewards, target_reward)
+    if not (rewards.isfinite().all() and target_reward.isfinite().all()):
+        raise ValueError("the ranker's scores must be finite")
+    return Scored(tokens, logp, hit, valid, rewards, target_reward)
 
 
 def gate_of(scored: Scored, config: Config) -> Gate:
@@ -596,24 +535,14 @@ def gate_of(scored: Scored, config: Config) -> Gate:
     )
 
 
-# A rule says which samples of a batch get the GRPO term, (B,) bool.
-Rule = Callable[[Gate], Tensor]
+Rule = Callable[[Gate], Tensor]  # which samples get the GRPO term, (B,) bool
 
 
 def make_arms(config: Config) -> dict[str, tuple[Rule | None, float]]:
-    """The arms by name: a rule, and the weight of GRPO where the rule admits it.
-
-    Compare arms by their dose, weight times the share of samples that get GRPO.
-    """
+    """The arms by name: a rule, and the weight of GRPO where the rule admits it."""
     return {
         "nll": (None, 0.0),  # no GRPO, so nothing has to be rolled out
-        # no gate: a fixed mixture of NLL and GRPO
-        "mix-0.3": (lambda gate: torch.ones_like(gate.admit), 0.3),
-        "mix-1": (lambda gate: torch.ones_like(gate.admit), 1.0),
-        # one half of the gate alone; with the default settings at adagrpo's dose, about
-        "difficulty": (lambda gate: gate.hard, 2.1),
-        "discriminability": (lambda gate: gate.clear, 2.6),
-        # the gate
+        "mix-1": (lambda gate: torch.ones_like(gate.admit), 1.0),  # a fixed mixture
         "adagrpo": (lambda gate: gate.admit, config.weight),
     }
 
@@ -627,316 +556,245 @@ def post_train(
     config: Config,
     label: str | None = None,  # of the printed lines; None: print nothing
 ) -> float:
-    """The training loop. It changes `policy`, and returns the dose of GRPO.
-
-    Raises FloatingPointError if the loss is not finite.
-    """
+    """The training loop. It changes `policy`, and returns the dose of GRPO."""
     torch.manual_seed(config.seed)  # every arm sees the same batches
-    all_histories = torch.as_tensor(split.history)
-    all_targets = torch.as_tensor(split.target)
+    all_histories = torch.as_tensor(split.history)  # (N, K)
+    all_targets = torch.as_tensor(split.target)  # (N,)
     batches = shuffled_batches(len(all_targets), config.batch, config.epochs)
-    optimizer, scheduler = make_optimizer(policy, config.lr, len(batches))
+    optimizer = Optimizer(policy, config.lr, len(batches))
 
-    log = []  # what to watch: a dict of figures for each step
+    log = []  # what to watch: figures of each sample, a dict for each step
     for step, rows in enumerate(batches, start=1):
-        history = all_histories[rows]  # (B, H)
+        history = all_histories[rows]  # (B, K)
         target = all_targets[rows]  # (B,)
 
         # Every sample is supervised.
         prompt = policy.prompt(history)  # (B, T)
         nll = -log_prob(policy, prompt, policy.item_tokens[target])  # (B,)
         figures = {"nll": nll}
+        loss = nll.mean()
 
-        if rule is None:
-            loss = nll.mean()
-        else:
-            # GRPO joins where the rule admits it.
-            scored = roll_out_and_score(policy, ranker, history, target, config)
+        # GRPO joins where the rule admits it.
+        if rule is not None:
+            scored = roll_out_and_score(policy, ranker, history, target, config.group)
             gate = gate_of(scored, config)
-            admitted = rule(gate)  # (B,)
+            admitted = rule(gate)  # (B,): of adagrpo it is gate.admit
             advantages = group_advantages(scored.rewards)  # (B, G)  eq. (5)
             old_logp = scored.logp.detach()  # one update per rollout
             grpo = grpo_loss(scored.logp, old_logp, advantages)  # (B,)  eq. (6)
             loss = adagrpo_loss(nll, grpo, admitted, weight)  # eq. (7)
-            figures["reward"] = scored.rewards
+            figures["reward"] = scored.rewards.mean(1)
             figures["hard"] = gate.hard
             figures["clear"] = gate.clear
             figures["admitted"] = admitted
 
-        if not math.isfinite(loss.item()):
-            raise FloatingPointError(f"the loss is {loss.item()} at step {step}")
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
-        optimizer.step()
-        scheduler.step()
-
-        log.append({name: f.float().mean().item() for name, f in figures.items()})
+        optimizer.step(loss)
+        log.append({name: figure.detach() for name, figure in figures.items()})
         if label is not None and (step % 100 == 0 or step == len(batches)):
-            print_training(label, step, log[-100:])
+            means = [f"{name} {mean_of(log[-100:], name):.3f}" for name in figures]
+            print(f"{label:<8} step {step:>4}  {'  '.join(means)}", flush=True)
 
     if rule is None:
         return 0.0
-    return weight * float(np.mean([means["admitted"] for means in log]))
+    return weight * mean_of(log, "admitted")
 
 
-def print_training(label: str, step: int, log: list[dict[str, float]]) -> None:
-    """A line with the means over the last steps."""
-    line = f"{label:<17} step {step:>4}"
-    for name in log[0]:
-        mean = np.mean([figures[name] for figures in log])
-        line += f"  {name} {mean:.3f}"
-    print(line, flush=True)
+def mean_of(log: list[dict[str, Tensor]], name: str) -> float:
+    """The mean of a figure over all samples of some steps."""
+    return torch.cat([figures[name] for figures in log]).float().mean().item()
 
 
 # --------------------------------------------------------------------------- evaluation
 
 BEAMS = 32  # in every evaluation, whatever the groups of the training
 
-# The baseline that needs no RL is to ask the ranker at every request and to sort the
-# policy's beams by log-probability + w * reward, the fused order. The w to choose from:
+# The baseline without RL asks the ranker at every request: it sorts the policy's beams
+# by log-probability + w * reward, the fused order. With w = 0 it is the policy alone.
 FUSION_WEIGHTS = (0, 1, 2, 4, 8, 16, 32)
 
-Metrics = dict[str, np.ndarray]  # by name; a row for each user
+Metrics = dict[str, Tensor]  # by name; (N,) each
+
+
+def metrics_of(scored: Scored, config: Config) -> Metrics:
+    """Metrics of some users from their 32 beams, and what the gate says of them."""
+    metrics = {}
+    hit = scored.hit.float()  # (N, 32)
+
+    # hr@10: is the target among the first ten?
+    for weight in FUSION_WEIGHTS:
+        score = scored.logp + weight * scored.rewards
+        order = score.argsort(dim=1, descending=True, stable=True)
+        metrics[f"hr@10, w={weight}"] = hit.gather(1, order)[:, :10].amax(1)
+
+    # ndcg@10: 1 / log2(1 + its rank), 0 if it is not. hallucination: share of the ten.
+    first = hit[:, :10]
+    rank = torch.arange(1, first.shape[1] + 1)
+    metrics["ndcg@10"] = (first / torch.log2(1 + rank)).amax(1)
+    metrics["hallucination"] = (~scored.valid[:, :10]).float().mean(1)
+
+    gate = gate_of(scored, config)
+    return metrics | {"hard": gate.hard, "clear": gate.clear, "admit": gate.admit}
 
 
 @torch.no_grad()
 def evaluate(policy: Policy, ranker: Ranker, split: Split, config: Config) -> Metrics:
-    """Metrics of the N users of a split, each (N,) unless said; shares are in 0..1.
-
-    hr@10              1 if the target is among the 10 likeliest rollouts, else 0
-    ndcg@10            1 / log2(1 + rank of the target); 0 if it is not in the first 10
-    hallucination      share of the 10 likeliest rollouts that name no item
-    hr@10 fused        (N, W) hr@10 of the fused order, for each of FUSION_WEIGHTS
-    auc in group       share of the group's negatives that the ranker puts below the
-                       target; nan without a negative
-    hard, clear, admit bool, of the gate, on these 32 beams
-    """
-    beams = replace(config, group=BEAMS, decode="beam")
+    """Metrics of all users of a split, on 32 beams each."""
+    all_histories = torch.as_tensor(split.history)  # (N, K)
+    all_targets = torch.as_tensor(split.target)  # (N,)
     batches = []
-    for start in tqdm(range(0, len(split.target), 128), leave=False, disable=None):
-        history = torch.as_tensor(split.history[start : start + 128])
-        target = torch.as_tensor(split.target[start : start + 128])
-        batches.append(roll_out_and_score(policy, ranker, history, target, beams))
-    columns = zip(*batches, strict=True)  # for each field of Scored, all its batches
-    scored = Scored(*[torch.cat(column) for column in columns])
-
-    hit = scored.hit.float()  # (N, 32)
-    discount = 1 / torch.log2(1 + torch.arange(1, 11))  # of NDCG
-    fused = []
-    for weight in FUSION_WEIGHTS:
-        score = scored.logp + weight * scored.rewards
-        order = score.argsort(dim=1, descending=True, stable=True)
-        fused.append(hit.gather(1, order)[:, :10].amax(1))
-
-    negative = scored.valid & ~scored.hit
-    is_beaten = negative & (scored.rewards < scored.target_reward[:, None])
-    gate = gate_of(scored, config)
-    metrics = {
-        "hr@10": hit[:, :10].amax(1),
-        "ndcg@10": (hit[:, :10] * discount).amax(1),
-        "hallucination": (~scored.valid[:, :10]).float().mean(1),
-        "hr@10 fused": torch.stack(fused, dim=1),
-        "auc in group": is_beaten.sum(1) / negative.sum(1),
-        "hard": gate.hard,
-        "clear": gate.clear,
-        "admit": gate.admit,
-    }
-    return {name: metric.cpu().numpy() for name, metric in metrics.items()}
+    users = torch.arange(len(all_targets)).split(128)
+    for rows in tqdm(users, "evaluation", leave=False, disable=None):
+        history = all_histories[rows]
+        target = all_targets[rows]
+        scored = roll_out_and_score(policy, ranker, history, target, BEAMS)
+        batches.append(metrics_of(scored, config))
+    return {name: torch.cat([m[name] for m in batches]) for name in batches[0]}
 
 
-class Result(NamedTuple):
-    """What became of an arm."""
-
-    validation: Metrics
-    test: Metrics
-    dose: float
-
-    def best_fusion(self) -> int:
-        """Which of FUSION_WEIGHTS is best on validation users: its place."""
-        return int(self.validation["hr@10 fused"].mean(0).argmax())
-
-    def fused(self) -> np.ndarray:
-        """HR@10 (N,) of the test users in the fused order with that weight."""
-        return self.test["hr@10 fused"][:, self.best_fusion()]
+def percent(metric: Tensor) -> float:
+    return 100 * metric.float().mean().item()
 
 
-# ----------------------------------------------------------------------------- printing
-# From here on there are tables, and then the command line.
-
-
-def by_kind(shop: Shop) -> dict[str, np.ndarray]:
-    """Masks (N,) over the test users: all of them, and each kind."""
-    masks = {"all": np.ones(len(shop.test.target), dtype=bool)}
-    for number, name in enumerate(shop.kinds):
-        masks[name] = shop.test.kind == number
-    return masks
-
-
-def percent(metric: np.ndarray) -> float:
-    return 100 * float(np.nanmean(metric))
-
-
-def print_table(rows: dict[str, dict[str, str]]) -> None:
-    """rows: name of the row -> {title of the column: cell}."""
-    titles = list(next(iter(rows.values())))
-    width = {title: max(8, len(title) + 2) for title in titles}
-    print(f"\n{'':<17}" + "".join(f"{title:>{width[title]}}" for title in titles))
-    for name, cells in rows.items():
-        line = "".join(f"{cells[title]:>{width[title]}}" for title in titles)
-        print(f"{name:<17}{line}")
-
-
-def print_by_kind(shop: Shop, columns: dict[str, np.ndarray]) -> None:
-    """The mean of each column (N,), in percent, over kinds of test users."""
-    rows = {}
-    for kind, mask in by_kind(shop).items():
-        rows[kind] = {"users": f"{mask.sum()}"}
-        for name, column in columns.items():
-            rows[kind][name] = f"{percent(column[mask]):.1f}"
-    print_table(rows)
-
-
-def print_premise(shop: Shop, before: Result) -> None:
-    """Before any post-training: does the ranker know what the policy does not?"""
-    print("\nBefore post-training, percent of test users. fused: hr@10 if the ranker")
-    print("helps to sort the 32 likeliest IDs, by log-probability + w * reward. If it")
-    print("is not above hr@10, the ranker has little to teach.")
-    columns = {"hr@10": before.test["hr@10"], "fused": before.fused()}
-    for name in ("auc in group", "hard", "clear", "admit"):
-        columns[name] = before.test[name]
-    print_by_kind(shop, columns)
-
-
-@torch.no_grad()
-def print_examples(
-    shop: Shop, policy: Policy, ranker: Ranker, before: Metrics, config: Config
-) -> None:
-    """What the gate sees: the group of one test user of each kind."""
-    print("\nWhat the gate sees: 32 beams (the likeliest and the best-scored), for the")
-    print("first test user of each kind whom it treats like most of that kind.")
-    beams = replace(config, group=BEAMS, decode="beam")
-    for number, kind in enumerate(shop.kinds):
-        mask = shop.test.kind == number
-        most = before["admit"][mask].mean() > 0.5  # are most of them admitted?
-        user = int((mask & (before["admit"] == most)).argmax())  # the first of those
-        history = torch.as_tensor(shop.test.history[user : user + 1])  # (1, H)
-        target = torch.as_tensor(shop.test.target[user : user + 1])  # (1,)
-        scored = roll_out_and_score(policy, ranker, history, target, beams)
-        gate = gate_of(scored, config)
-        advantages = group_advantages(scored.rewards)  # (1, G)
-        best = int(scored.rewards[0].argmax())
-
-        last_bought = [name_of(item) for item in policy.item_tokens[history[0, -3:]]]
-        print(f"\n{kind}; last bought {', '.join(last_bought)}")
-        for place in sorted({0, 1, 2, 3, 4, best}):
-            print(f"  {place + 1:>2}. {name_of(scored.tokens[0, place]):<8}", end="")
-            print(f"  policy {scored.logp[0, place].exp():.3f}", end="")
-            print(f"  reward {scored.rewards[0, place]:.3f}", end="")
-            print(f"  advantage {advantages[0, place]:+.2f}")
-        print(f"  target {name_of(policy.item_tokens[target[0]])}", end="")
-        print(f"  reward {scored.target_reward[0]:.3f}", end="")
-        print(f"  difficulty {gate.difficulty[0]:.2f}", end="")
-        print(f"  discriminability {gate.discriminability[0]:+.3f}", end="")
-        print(f"  admitted: {bool(gate.admit[0])}")
-
-
-def name_of(tokens: Tensor) -> str:
-    return "-".join(str(token) for token in tokens.tolist())
-
-
-def print_results(shop: Shop, before: Result, results: dict[str, Result]) -> None:
-    """Two tables of test users: the arms by metric, and their gains by kind of user."""
-    print("\nResults on test users, percent. fused: with the ranker at every request")
-    print("and this w. Compare adagrpo alone with nll fused. dose: weight * share of")
-    print("samples that got GRPO. Tune by the last column.")
-    rows = {}
-    for arm, result in {"before": before, **results}.items():
-        rows[arm] = {
-            "hr@10": f"{percent(result.test['hr@10']):.2f}",
-            "fused": f"{percent(result.fused()):.2f}",
-            "w": f"{FUSION_WEIGHTS[result.best_fusion()]}",
-            "ndcg@10": f"{percent(result.test['ndcg@10']):.2f}",
-            "hallucination": f"{percent(result.test['hallucination']):.2f}",
-            "dose": f"{result.dose:.2f}",
-            "validation hr@10": f"{percent(result.validation['hr@10']):.2f}",
-        }
-    print_table(rows)
-
-    base = next(iter(results))  # the first arm is what the others are compared with
-    print(f"\nhr@10 of {base} by kind of user, and points more or less than {base}.")
-    columns = {base: results[base].test["hr@10"]}
-    for arm, result in results.items():
-        if arm != base:
-            columns[arm] = result.test["hr@10"] - columns[base]
-    print_by_kind(shop, columns)
+def best_weight(validation: Metrics) -> int:
+    """Which of FUSION_WEIGHTS is best on validation users."""
+    hr = {w: percent(validation[f"hr@10, w={w}"]) for w in FUSION_WEIGHTS}
+    return max(hr, key=hr.get)
 
 
 # ------------------------------------------------------------------------------ command
 
 
 def command_line(argv: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
-    """The settings, and the other options: arms, device, save."""
-    parser = argparse.ArgumentParser(
-        description="AdaGRPO: GRPO from a biased ranker, gated sample by sample.",
-        epilog="Class Config says what the settings mean.",
-    )
+    """The settings, and the other options: device, save."""
+    parser = argparse.ArgumentParser(epilog="Class Config says what settings mean.")
     add = parser.add_argument
-    names = list(make_arms(Config()))
-    arms = ["nll", "mix-1", "adagrpo"]
-    add("--arms", nargs="+", choices=names, default=arms, help="the first is the base")
     add("--device", default="cpu", help="cpu, cuda or mps")
     add("--save", type=Path, metavar="FOLDER", help="where the policies are saved")
-    for field in fields(Config):
-        option = "--" + field.name.replace("_", "-")
-        add(option, type=field.type, default=field.default, help=f"({field.default})")
+    defaults = vars(Config())
+    for name, default in defaults.items():
+        add(f"--{name}", type=type(default), default=default, help=f"({default})")
     options = parser.parse_args(argv)
 
-    config = Config(**{f.name: getattr(options, f.name) for f in fields(Config)})
-    if config.decode not in ("beam", "sample"):
-        parser.error(f"argument --decode: must be beam or sample, got {config.decode}")
-    if config.group < 2:
-        parser.error(f"argument --group: must be at least 2, got {config.group}")
-    try:
-        torch.empty(0, device=options.device)
-    except (AssertionError, RuntimeError) as error:  # a torch without CUDA asserts
-        parser.error(f"argument --device: {error}")
+    config = Config(**{name: getattr(options, name) for name in defaults})
+    for name, value in vars(config).items():
+        least = 0
+        if isinstance(value, int) and name != "seed":
+            least = 1  # it is a count
+        if name == "group":
+            least = 2  # one rollout has nothing to be compared with
+        if not least <= value < math.inf:  # nan is neither
+            parser.error(f"argument --{name}: must be at least {least}, got {value}")
+
+    if options.save:
+        try:
+            options.save.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"argument --save: {error}")
     return config, options
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The whole experiment."""
+    """The whole experiment. In a notebook say main([])."""
     config, options = command_line(argv)
     torch.set_num_threads(1)  # the tensors are tiny
-    torch.set_default_device(options.device)
-    if options.save:
-        options.save.mkdir(parents=True, exist_ok=True)
+    torch.set_default_device(options.device)  # no tensor names its device
 
     shop = make_shop(config.seed, config.bias, {"posttrain": config.users})
     pretrained = pretrain(shop, config)
     ranker = train_ranker(shop, config)
 
-    def judge(policy: Policy, dose: float) -> Result:
-        validation = evaluate(policy, ranker, shop.validation, config)
-        test = evaluate(policy, ranker, shop.test, config)
-        return Result(validation, test, dose)
-
-    before = judge(pretrained, dose=0.0)
-    print_premise(shop, before)
-    print_examples(shop, pretrained, ranker, before.test, config)
+    validation = evaluate(pretrained, ranker, shop.validation, config)
+    test = evaluate(pretrained, ranker, shop.test, config)
+    print_premise(shop, validation, test)
+    user = int(test["admit"].int().argmax())
+    print_group(pretrained, ranker, shop.test, user, config)
 
     print("\nPost-training")
-    results = {}
-    for name in options.arms:
-        rule, weight = make_arms(config)[name]
+    results = {"before": (validation, test, 0.0)}
+    for arm, (rule, weight) in make_arms(config).items():
         policy = copy.deepcopy(pretrained)
-        dose = post_train(policy, ranker, shop.posttrain, rule, weight, config, name)
-        results[name] = judge(policy, dose)
+        dose = post_train(policy, ranker, shop.posttrain, rule, weight, config, arm)
         if options.save:
-            torch.save(policy.state_dict(), options.save / f"{name}.pt")
-    print_results(shop, before, results)
-    print("\nThis is one seed, a first look. Ten seeds are in .github/RESULTS.md.")
+            torch.save(policy.state_dict(), options.save / f"{arm}.pt")
+        validation = evaluate(policy, ranker, shop.validation, config)
+        test = evaluate(policy, ranker, shop.test, config)
+        results[arm] = (validation, test, dose)
+    print_results(shop, results)
+
+
+# ----------------------------------------------------------------------------- printing
+
+
+def print_row(name: str, cells: Iterable, form: str = "") -> None:
+    print(f"{name:<10}" + "".join(f"{cell:>8{form}}" for cell in cells))
+
+
+def by_kind(shop: Shop, metric: Tensor) -> list[float]:
+    """The mean of a metric (N,) over all test users and over each kind, in percent."""
+    kind = torch.as_tensor(shop.test.kind)
+    kinds = [percent(metric[kind == number]) for number in range(len(shop.kinds))]
+    return [percent(metric), *kinds]
+
+
+def print_premise(shop: Shop, validation: Metrics, test: Metrics) -> None:
+    """Before any post-training: does the ranker know what the policy does not?"""
+    print("\nBefore post-training, percent of test users. fused: hr@10 if the ranker")
+    print("helps to sort the 32 likeliest IDs, by log-probability + w * reward\n")
+    print_row("", ["all", *shop.kinds])
+    print_row("hr@10", by_kind(shop, test["hr@10, w=0"]), ".1f")
+    weight = best_weight(validation)
+    print_row("fused", by_kind(shop, test[f"hr@10, w={weight}"]), ".1f")
+    for name in ("hard", "clear", "admit"):
+        print_row(name, by_kind(shop, test[name]), ".1f")
+
+
+def print_group(
+    policy: Policy, ranker: Ranker, split: Split, user: int, config: Config
+) -> None:
+    """What the gate sees: the group of one user."""
+    history = torch.as_tensor(split.history[user : user + 1])  # (1, K)
+    target = torch.as_tensor(split.target[user : user + 1])  # (1,)
+    scored = roll_out_and_score(policy, ranker, history, target, BEAMS)
+    gate = gate_of(scored, config)
+    advantages = group_advantages(scored.rewards)  # (1, 32)
+
+    print("\nThe ten likeliest IDs for a test user whom the gate admits\n")
+    print_row("", ["policy", "reward", "advant."])
+    for place, ID in enumerate(scored.tokens[0, :10].tolist()):
+        name = "-".join(str(token) for token in ID)
+        probability = scored.logp[0, place].exp()
+        cells = [probability, scored.rewards[0, place], advantages[0, place]]
+        print_row(name, cells, ".3f")
+    print(f"target: reward {scored.target_reward[0]:.3f}", end="")
+    print(f", difficulty {gate.difficulty[0]:.2f}", end="")
+    print(f", discriminability {gate.discriminability[0]:.3f}", end="")
+    print(f", admitted: {bool(gate.admit[0])}")
+
+
+def print_results(shop: Shop, results: dict[str, tuple]) -> None:
+    """results: arm -> metrics of validation users, of test users, and the dose."""
+    print("\nTest users, percent. hr@10: the policy alone. fused: with the ranker at")
+    print(
+        "every request. dose: weight * share admitted. tune: hr@10, validation users.\n"
+    )
+    titles = ["fused", "w", "ndcg@10", "halluc.", "dose", "tune"]
+    print_row("", ["hr@10", *shop.kinds, *titles])
+    for arm, (validation, test, dose) in results.items():
+        weight = best_weight(validation)
+        cells = [
+            *by_kind(shop, test["hr@10, w=0"]),
+            percent(test[f"hr@10, w={weight}"]),
+            weight,
+            percent(test["ndcg@10"]),
+            percent(test["hallucination"]),
+            dose,
+            percent(validation["hr@10, w=0"]),
+        ]
+        print_row(arm, cells, ".2f")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

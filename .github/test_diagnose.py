@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Tests of diagnose.py: made-up scores whose answer is known, slow loops, bad input."""
+"""Tests of diagnose.py: made-up shops whose answer is known, slow loops, bad input."""
 
+import os
+import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
+from textwrap import dedent
 
 import numpy as np
 import pytest
@@ -14,36 +16,77 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import diagnose
 
-import adagrpo
-from toy_data import make_shop
+ITEMS = 150
+SPREAD = 0.7  # of each part of the appeal
+NLL = {"taste": 1, "popular": 1, "season": 1}  # what a finished policy knows
+ALL = NLL | {"clicks": 1}
+STRANGER = {"popular": 1, "season": 1}  # a policy that learned nothing of the user
 
-YES = "the ranker has something to teach."
-NO = "nothing to teach is shown."
 
+def shop(policy=NLL, ranker=ALL, N=6000, seed=0, G=24):
+    """Scores in a shop whose truth is known.
 
-def made_up(strength=0.3, N=900, G=24, seed=0):
-    """Scores of a ranker that adds `strength` (a number or (N,)) to the true item."""
+    Users buy by the sum of four parts: their taste, what is popular, what is in season
+    (both the same for all users), and what only clicks tell of this user. `policy` and
+    `ranker` say how much each knows of a part: a number, or one for each user (N,).
+    """
     random = np.random.default_rng(seed)
-    strength = np.broadcast_to(strength, N)
-    place = (2 * G * random.random(N) ** 1.5).astype(int)  # a third is absent
-    hit = np.arange(G) == place[:, None]
+    parts = {
+        "taste": random.normal(0, SPREAD, (N, ITEMS)),
+        "popular": np.tile(random.normal(0, SPREAD, ITEMS), (N, 1)),
+        "season": np.tile(random.normal(0, SPREAD, ITEMS), (N, 1)),
+        "clicks": random.normal(0, SPREAD, (N, ITEMS)),
+    }
+    appeal = sum(parts.values())
+    target = (appeal + random.gumbel(size=appeal.shape)).argmax(1)
+
+    # What a ranker may know beside it.
+    parts["noise"] = random.normal(0, SPREAD, (N, ITEMS))
+    parts["exposure"] = np.tile(random.normal(0, SPREAD, ITEMS), (N, 1))
+    parts["leak"] = np.arange(ITEMS) == target[:, None]
+
+    def known(knows):
+        total = np.zeros((N, ITEMS))
+        for name, share in knows.items():
+            total += np.broadcast_to(share, N)[:, None] * parts[name]
+        return total
+
+    logits = torch.from_numpy(known(policy))
+    logp, items = torch.log_softmax(logits, dim=1).topk(G)
+    items = items.numpy()
+    score = torch.from_numpy(known(ranker) - 2).sigmoid().numpy()
+    rewards = np.take_along_axis(score, items, axis=1)
+    hit = items == target[:, None]
     valid = hit | (random.random((N, G)) < 0.95)
-    logp = -np.sort(3 * random.random((N, G)), axis=1)
-    rewards = 0.5 * random.random((N, G)) + hit * strength[:, None]
-    target_reward = 0.5 * random.random(N) + strength
-    target_reward[hit.any(1)] = rewards[hit]
     rewards[~valid] = 0.0
+    seen = items[:, -1]  # of the user's side: some item that looks like this user
     return {
         "rewards": rewards,
-        "target_reward": target_reward,
+        "target_reward": score[np.arange(N), target],
         "hit": hit,
         "valid": valid,
-        "logp": logp,
+        "logp": logp.numpy(),
+        "items": np.where(valid, items, -1),
+        "target_item": target,
+        "group_home": random.choice(["north", "south"], N),
+        "group_shown": parts["exposure"][0, seen],
     }
+
+
+def without(scores, *names):
+    return {name: array for name, array in scores.items() if name not in names}
 
 
 def last_line(text):
     return text.splitlines()[-1]
+
+
+def answer(text):
+    return last_line(text).split(":")[0]
+
+
+def notes(text):
+    return [line for line in text.splitlines() if line.startswith("Note: ")]
 
 
 def cell(text, label, title):
@@ -56,122 +99,340 @@ def cell(text, label, title):
     return float(figures[titles.index(title)].split("+-")[0])
 
 
-# ----------------------------------------------------------------------------- answers
+# ------------------------------------------------- what has gone wrong before, by case
+
+BEFORE = {"taste": 1, "popular": 1}  # a policy without NLL on this season
+SEASON = {"taste": 0.7, "season": 0.7}  # a ranker of this season, trained on little
+EXPOSURE = {"popular": 0.7, "exposure": 1}  # how often the feed shows an item
+
+# policy, ranker, the answer at 300 and at 6,000 samples
+CASES = {
+    "real knowledge": (NLL, ALL, "Undecided", "Yes"),
+    "much knowledge": (STRANGER, ALL, "Yes", "Yes"),
+    "little knowledge": (NLL, ALL | {"noise": 3.5}, "Undecided", "Yes"),
+    "noise": (NLL, {"noise": 1}, "Undecided", "No"),
+    "exposure counts": (NLL, EXPOSURE, "Undecided", "No"),
+    "popularity, known to both": (NLL, {"popular": 1}, "Undecided", "No"),
+    "popularity, new to the policy": ({"taste": 1}, {"popular": 1}, "Undecided", "No"),
+    "season, before NLL": (BEFORE, SEASON, "Undecided", "Undecided"),
+    "season, after NLL": (NLL, SEASON, "Undecided", "No"),
+    "all that the policy knows": (NLL, NLL, "Undecided", "No"),
+    "misleading": (NLL, {"clicks": -1}, "Undecided", "No"),
+}
 
 
-def test_a_ranker_that_knows_has_something_to_teach():
-    text = diagnose.report(made_up())
-    assert last_line(text) == f"In all: {YES}"
-    assert "necessary and not sufficient: what the ranker knows has to be exp" in text
-    assert "Note" not in text
-    assert cell(text, "all", "fused") > 10
-    assert abs(cell(text, "all", "shuffled")) < 3
-    assert cell(text, "all", "AUC") > 85
-    assert abs(cell(text, "all, shuffled", "AUC") - 50) < 2
-    for title in ("clear", "admitted"):
-        assert cell(text, "all", title) > cell(text, "all, shuffled", title) + 25
+@pytest.mark.parametrize("N", [300, 6000])
+@pytest.mark.parametrize("case", CASES)
+def test_answer(case, N):
+    policy, ranker, at_300, at_6000 = CASES[case]
+    expected = {300: at_300, 6000: at_6000}
+    text = diagnose.report(shop(policy, ranker, N))
+    assert answer(text) == expected[N]
+    assert notes(text) == []
 
 
-def test_noise_has_nothing_to_teach():
-    text = diagnose.report(made_up(0.0, seed=1))
-    assert last_line(text).endswith(NO)
-    assert "necessary and not sufficient" in text
-    assert "Note: AUC is near chance" in text
+@pytest.mark.parametrize("N", [300, 6000])
+def test_exposure_counts_teach_no_group_of_the_users_side_even_without_items(N):
+    scores = without(shop(NLL, EXPOSURE, N), "items", "target_item")
+    text = diagnose.report(scores)
+    assert answer(text) == {300: "Undecided", 6000: "No"}[N]
+    assert "without items that users share it cannot be told" in notes(text)[0]
 
 
-def test_noise_of_many_seeds_is_seldom_taken_for_knowledge():
-    # By the intervals, in at most one of twenty; groups or not.
+@pytest.mark.parametrize("N", [300, 6000])
+@pytest.mark.parametrize("ranker", [EXPOSURE, {"popular": 1}])
+def test_groups_by_the_target_fool_it_without_items_and_not_with_them(N, ranker):
+    scores = shop(NLL, ranker, N)
+    scores["group_target"] = scores["target_reward"]  # an item's, the same for all
+    assert answer(diagnose.report(scores)) != "Yes"
+    if N == 6000:  # why the text asks for groups that are known before the purchase
+        text = diagnose.report(without(scores, "items", "target_item"))
+        assert "Yes: points gained in target high" in last_line(text)
+        assert "It holds for groups that are known before the purchase" in text
+
+
+@pytest.mark.parametrize("N", [300, 6000])
+@pytest.mark.parametrize("ranker", [ALL, {"noise": 1}])
+def test_a_leak_is_named(N, ranker):
+    scores = shop(NLL, ranker | {"leak": 9}, N)
+    text = diagnose.report(scores)
+    assert answer(text) == "Yes"
+    assert last_line(text).endswith("First rule out a leak, see the note above.")
+    assert "rule out that the ranker's log holds these purchases." in notes(text)[-1]
+
+    # Not where one group gains nothing.
+    is_south = scores["group_home"] == "south"
+    scores["rewards"][is_south] = 0.5
+    scores["target_reward"][is_south] = 0.5
+    text = diagnose.report(scores)
+    assert answer(text) == "Yes"
+    assert "leak" not in text and "these purchases" not in text
+
+
+@pytest.mark.parametrize("N", [300, 6000])
+def test_no_hit_is_no_verdict(N):
+    scores = shop(N=N)
+    scores = without(scores, "target_item")
+    scores["hit"][:] = False
+    text = diagnose.report(scores)
+    assert last_line(text).startswith("Undecided: no verdict is possible, no rollout")
+    assert last_line(text).endswith("Compare token IDs, not text.")
+
+
+@pytest.mark.parametrize("N", [300, 6000])
+def test_a_blind_segment_leaves_the_yes_to_the_others(N):
+    sees = np.arange(N) % 2
+    ranker = {"clicks": sees, "taste": sees, "noise": 2 * (1 - sees)}
+    scores = shop(STRANGER, ranker, N)
+    scores["group_feed"] = np.where(sees, "shown", "hidden")
+    text = diagnose.report(scores)
+    assert notes(text) == []
+    assert answer(text) == "Yes"
+    assert "feed shown +" in last_line(text)
+    assert "feed hidden" not in last_line(text)
+
+
+@pytest.mark.parametrize("N", [300, 6000])
+@pytest.mark.parametrize("scale", [0.001, 1000.0])
+def test_scores_of_another_scale_get_a_threshold_of_theirs(N, scale):
+    scores = shop(STRANGER, ALL, N)
+    scores["rewards"] *= scale
+    scores["target_reward"] *= scale
+    text = diagnose.report(scores, min_discriminability=0.1)
+    assert answer(text) == "Yes"
+    if scale > 1:
+        assert notes(text) == []  # a low threshold divides all the same
+        return
+    assert cell(text, "all", "clear") == cell(text, "all", "admitted") == 0.0
+    pattern = r"0% reach min_discriminability; (\d+)% would reach ([0-9.e+-]+)\."
+    reached, level = re.search(pattern, notes(text)[0]).groups()
+    text = diagnose.report(scores, min_discriminability=float(level))
+    assert notes(text) == []
+    assert abs(cell(text, "all", "clear") - float(reached)) < 1.1
+    assert cell(text, "all", "admitted") > 10
+
+
+@pytest.mark.parametrize("N", [300, 6000])
+def test_repeats_of_any_item_are_named(N):
+    scores = shop(N=N)
+    places = np.arange(N) % 10 == 0
+    missed = places & ~scores["hit"][:, [0, 5]].any(1)
+    for name in ("items", "valid", "rewards"):
+        scores[name][missed, 5] = scores[name][missed, 0]
+    repeats = 100 * (missed & scores["valid"][:, 0]).mean()
+    text = diagnose.report(scores)
+    assert f"{repeats:.1f}% of the groups hold an item twice" in notes(text)[0]
+    assert len(notes(text)) == 1
+    assert "twice" not in diagnose.report(scores, drawn=True)  # draws repeat
+
+
+KINDS = {
+    "noise": (NLL, {"noise": 1}),
+    "popularity": (NLL, {"popular": 1}),
+    "finished": (NLL, SEASON),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_of_200_sets_at_most_one_in_twenty_says_yes(kind):
+    policy, ranker = KINDS[kind]
     answers = []
-    for seed in range(60):
-        scores = diagnose.prepare(made_up(0.0, N=400, G=12, seed=seed))
-        masks = {"all": np.ones(400, dtype=bool)}
-        masks |= diagnose.parts("name", np.arange(400) % 5)
-        change = diagnose.fused_change(scores, 4)
-        answers.append(diagnose.verdict(change, masks).endswith(NO))
-    assert sum(answers) >= 57
+    for seed in range(200):
+        scores = shop(policy, ranker, N=500, seed=seed, G=12)
+        scores = without(scores, "items", "target_item")  # harder: no control
+        answers.append(answer(diagnose.report(scores, k=5)))
+    assert answers.count("Yes") <= 10
 
 
-def test_a_ranker_that_misleads_has_nothing_to_teach():
-    assert last_line(diagnose.report(made_up(-0.3))).endswith(NO)
+# ------------------------------------------------------------- intervals and answers
 
 
-def test_what_only_one_group_can_learn_names_the_group():
-    # 90 of 3,000 are too few to show over all.
-    strength = np.zeros(3000)
-    strength[:90] = 0.5
-    scores = made_up(strength, N=3000)
-    scores["group_feed"] = np.where(np.arange(3000) < 90, "shown", "hidden")
-    assert last_line(diagnose.report(scores)) == f"In feed shown: {YES}"
+def test_interval_by_hand():
+    # Deviations 0.75, -0.25 three times: squares 0.75, and 4 for four users more.
+    change = np.array([1.0, 0.0, 0.0, 0.0])
+    mean, error = diagnose.interval(change, np.arange(4), 2.0)
+    assert mean == 0.25
+    assert error == pytest.approx(2 * np.sqrt(4.75) / 4)
+
+    # Two users with three samples each: sums of deviations 1.5 and -1.5.
+    change = np.array([1.0, 1.0, 1.0, 0.0, 0.0, 0.0])
+    mean, error = diagnose.interval(change, np.array([7, 7, 7, 2, 2, 2]), 1.0)
+    assert mean == 0.5
+    assert error == pytest.approx(np.sqrt(2 * 1.5**2 + 4 * 3**2) / 6)
 
 
-def test_the_interval_of_a_group_is_widened_for_the_number_of_groups():
-    change = np.zeros(1000)
-    change[:20] = 1
-    change[20:26] = -1
-    masks = {"all": np.ones(1000, dtype=bool), "g a": np.arange(1000) < 500}
-    assert diagnose.verdict(change, masks) == f"In all, g a: {YES}"
-
-    # 14 / sqrt(26) = 2.7 standard errors suffice for all, and not for one of 20 groups.
-    masks |= {f"g {number}": np.arange(1000) >= 500 for number in range(19)}
-    assert diagnose.verdict(change, masks) == f"In all: {YES}"
+def test_copies_of_a_users_samples_add_nothing():
+    change = np.random.default_rng(0).integers(-1, 2, 500).astype(float)
+    alone = diagnose.interval(change, np.arange(500))
+    copies = diagnose.interval(np.repeat(change, 3), np.repeat(np.arange(500), 3))
+    assert copies == pytest.approx(alone)
 
 
-def test_a_handful_of_changes_is_no_yes():
-    change = np.zeros(1000)
-    masks = {"all": np.ones(1000, dtype=bool)}
-    change[:9] = 1
-    assert diagnose.verdict(change, masks).endswith(NO)
-    change[:10] = 1
-    assert diagnose.verdict(change, masks).endswith(YES)
+def test_no_change_leaves_as_much_room_as_the_exact_interval():
+    for N in (10, 300, 6000):
+        _, error = diagnose.interval(np.zeros(N), np.arange(N))
+        exact = 1 - 0.025 ** (1 / N)  # so many gains are missed in one of forty sets
+        assert exact < error < 1.3 * exact
 
 
-def test_the_interval_over_all_is_of_95_percent():
-    masks = {"all": np.ones(1000, dtype=bool)}
-    for gains, answer in ((16, NO), (17, YES)):  # 1.9 and 2.04 standard errors
-        change = np.zeros(1000)
-        change[:gains] = 1
-        change[gains : gains + 7] = -1
-        assert diagnose.verdict(change, masks).endswith(answer)
-    mean, error = diagnose.interval(np.array([0.0, 2.0]), 1.0)
-    assert (mean, error) == pytest.approx((1.0, 1.0))
+def test_the_interval_holds_the_truth_of_rare_changes():
+    random = np.random.default_rng(0)
+    missed = 0
+    for _ in range(2000):
+        change = random.choice([1.0, 0.0, -1.0], 300, p=[0.03, 0.96, 0.01])
+        mean, error = diagnose.interval(change, np.arange(300))
+        missed += abs(mean - 0.02) > error
+    assert missed <= 0.05 * 2000
 
 
-def test_the_printed_interval_is_1_96_standard_errors():
-    scores = diagnose.prepare(made_up())
-    change = 100 * diagnose.fused_change(scores, 10)
-    error = 1.96 * change.std(ddof=1) / np.sqrt(900)
-    assert f" {change.mean():+.1f} +-{error:.1f} " in diagnose.report(made_up())
+def test_a_group_needs_more_than_all_samples_do():
+    # Every w gains 24 and loses 10 of the first 1,000 samples, half of them in each
+    # half: 14 / sqrt(34 + 4) = 2.27 standard errors, enough alone and not among twenty.
+    user = np.arange(2000)
+    half = diagnose.halves(user)
+    by_weight = np.zeros((len(diagnose.NATS), 2000))
+    for side in (0, 1):
+        rows = np.flatnonzero(half[:1000] == side)
+        by_weight[1:, rows[:12]] = 1
+        by_weight[0, rows[12:17]] = 1
+    first = user < 1000
+    masks = {"all": np.ones(2000, dtype=bool), "first": first}
+    answers = diagnose.verdict(by_weight, None, masks, user, 0.005)
+    assert answers == "Yes: points gained in all +0.7, first +1.4."
+    masks |= {f"last {number}": ~first for number in range(19)}
+    answers = diagnose.verdict(by_weight, None, masks, user, 0.005)
+    assert answers == "Yes: points gained in all +0.7."
 
 
-# -------------------------------------------------------------------------- fused order
+def test_a_gain_must_be_clear_beyond_the_control_too():
+    user = np.arange(2000)
+    masks = {"all": np.ones(2000, dtype=bool)}
+    by_weight = np.zeros((len(diagnose.NATS), 2000))
+    by_weight[1:, :200] = 1
+    for known, expected in ((0, "Yes"), (100, "Yes"), (198, "No"), (194, "Undecided")):
+        control = np.zeros((len(diagnose.NATS), 2000))
+        control[1:, :known] = 1
+        assert answer(diagnose.verdict(by_weight, None, masks, user, 0.005)) == "Yes"
+        line = diagnose.verdict(by_weight, control, masks, user, 0.005)
+        assert answer(line) == expected
+        assert ("perhaps no more than the control" in line) == (known == 194)
+
+
+def slow_most(by_weight, rivals, masks, user):
+    best = (-np.inf, 0)
+    N = len(user)
+    for mask in masks.values():
+        for weight in range(1, len(by_weight)):
+            lowest = (np.inf, 0)
+            for rival in rivals:
+                change = [0.0] * N
+                for row in range(N):
+                    if mask[row]:
+                        change[row] = by_weight[weight][row] - rival[weight][row]
+                mean, error = diagnose.interval(np.array(change), user)
+                lowest = min(lowest, (mean + error, error))
+            best = max(best, lowest)
+    return best
+
+
+def test_the_most_that_may_be_gained_against_a_slow_loop():
+    random = np.random.default_rng(0)
+    shape = (len(diagnose.NATS), 60)
+    by_weight = random.integers(0, 2, shape).astype(float)
+    control = random.integers(0, 2, shape).astype(float)
+    user = random.integers(40, size=60)
+    masks = {"all": np.ones(60, dtype=bool), "few": np.arange(60) < 20}
+    policy = np.tile(by_weight[0], (len(diagnose.NATS), 1))
+    for rivals in ([policy], [policy, control]):
+        expected = slow_most(by_weight, rivals, masks, user)
+        assert diagnose.most(by_weight, rivals, masks, user) == expected
+
+    # What only loses leaves no gain at all.
+    by_weight[1:] = by_weight[0] - 1
+    assert diagnose.most(by_weight, [policy], masks, user)[0] == 0.0
+
+
+def test_a_no_keeps_to_the_gain_that_was_asked_for():
+    scores = shop(NLL, {"noise": 1})
+    upper = float(re.search(r"more than ([0-9.]+) points", diagnose.report(scores))[1])
+    assert 0 < upper < 0.5
+    assert answer(diagnose.report(scores, gain=upper + 0.01)) == "No"
+    assert answer(diagnose.report(scores, gain=upper - 0.01)) == "Undecided"
+    scores = shop(NLL, ALL | {"noise": 3.5})  # gains 1.1: for some not worth while
+    assert answer(diagnose.report(scores, gain=0.5)) == "Yes"
+    assert answer(diagnose.report(scores, gain=3)) == "No"
+
+
+def test_a_gain_in_one_group_forbids_a_no():
+    # Half of the users gain a point over all, and the others lose much.
+    sees = np.arange(6000) % 2
+    scores = shop(NLL, {"clicks": 0.5 * sees - (1 - sees)})
+    assert answer(diagnose.report(scores)) == "No"
+    scores["group_feed"] = np.where(sees, "shown", "hidden")
+    text = diagnose.report(scores)
+    assert last_line(text).startswith("Yes: points gained in feed shown +")
+
+
+def test_so_many_samples_as_it_says_decide():
+    scores = shop(NLL, {"noise": 1}, N=900)
+    scores = without(scores, "items", "target_item", "group_home", "group_shown")
+    line = last_line(diagnose.report(scores))
+    pattern = r"Undecided: with 900 samples a gain below ([0-9.]+) points would not "
+    pattern += r"show; about ([0-9,]+) would do for 0.5\."
+    below, needed = re.fullmatch(pattern, line).groups()
+    assert 0.5 < float(below) < 5
+    times = int(needed.replace(",", "")) // 900 + 1
+    for factor, expected in ((times, {"Yes", "No"}), (2, {"Undecided"})):
+        more = {name: np.concatenate([a] * factor) for name, a in scores.items()}
+        assert answer(diagnose.report(more)) in expected
+
+
+def test_samples_of_one_user_count_as_one():
+    scores = shop(NLL, {"clicks": 3}, N=60)
+    copies = {name: np.concatenate([array] * 20) for name, array in scores.items()}
+    assert answer(diagnose.report(copies)) == "Yes"
+    copies["user"] = np.tile([f"user {number}" for number in range(60)], 20)
+    assert answer(diagnose.report(copies)) == "Undecided"
+
+
+# ------------------------------------------------------------------------ fused order
 
 
 @pytest.mark.parametrize("level", [0.0, 0.1, -3.0, 1e6, "by group"])
 def test_a_constant_ranker_changes_exactly_nothing(level):
-    scores = made_up(G=64)
-    shape = scores["hit"].shape
+    scores = shop(N=500)
     if level == "by group":
-        level = np.random.default_rng(0).random((shape[0], 1))
-    scores["rewards"] = np.broadcast_to(level, shape).copy()
+        level = np.random.default_rng(0).random((500, 1))
+    scores["rewards"] = np.broadcast_to(level, (500, 24)).copy()
     scores["rewards"][~scores["valid"]] = 0.0  # the floor is not what a ranker knows
     scores["logp"] = np.round(scores["logp"], 1)  # ties
     scores = diagnose.prepare(scores)
-    assert not diagnose.fused_change(scores, 10).any()
-    policy = diagnose.found(scores, scores["logp"], 10)
-    assert 0.1 < policy.mean() < 0.9
-    np.testing.assert_array_equal(diagnose.found(scores, scores["rewards"], 10), policy)
+    by_weight = diagnose.found_by_weight(scores, 10)
+    assert 0.1 < by_weight[0].mean() < 0.9
+    assert (by_weight == by_weight[0]).all()
 
 
-def test_invalid_rollouts_stand_last_whatever_their_reward():
-    scores = made_up(0.0)
+def test_invalid_rollouts_stand_last_whatever_is_in_them():
+    scores = shop(NLL, {"noise": 1}, N=900)
     scores["valid"] = scores["hit"] | (np.random.default_rng(1).random((900, 24)) < 0.5)
     reports = []
-    for floor in (0.0, 100.0):
+    for floor in (0.0, 100.0, -np.inf, np.nan):
         scores["rewards"][~scores["valid"]] = floor
-        text = diagnose.report(scores)
-        assert last_line(text).endswith(NO)
-        reports.append(text)
-    assert reports[0] == reports[1]
+        reports.append(diagnose.report(scores))
+    assert set(reports) == {reports[0]}
+
+
+def test_padding_counts_for_nothing():
+    scores = shop(N=900)
+    text = diagnose.report(scores)
+    padding = {"rewards": np.nan, "logp": -np.inf, "hit": 0, "valid": 0, "items": -9}
+    for name, value in padding.items():
+        column = np.full((900, 1), value)
+        scores[name] = np.concatenate([scores[name], column], axis=1)
+    other = diagnose.report(scores)
+    for title in ("HR@10", "fused", "control", "AUC-policy", "AUC-ranker", "clear"):
+        assert cell(other, "all", title) == cell(text, "all", title)
+    assert last_line(other) == last_line(text)
 
 
 def slow_found(scores, sort_by, k):
@@ -183,107 +444,165 @@ def slow_found(scores, sort_by, k):
     return np.array(found)
 
 
-def slow_fused(scores, k):
+def slow_fused(scores, k, mask):
     """With the halves of diagnose.py, one sample after the other."""
     variances = []
     for rewards, valid in zip(scores["rewards"], scores["valid"]):
         variances.append(np.var(rewards[valid]))
     unit = np.mean(variances) ** 0.5
-    orders = {}
+    found = {}
     for nats in diagnose.NATS:
-        orders[nats] = scores["logp"] + nats / unit * scores["rewards"]
-    found = {nats: slow_found(scores, orders[nats], k) for nats in orders}
+        order = scores["logp"] + nats / unit * scores["rewards"]
+        found[nats] = slow_found(scores, order, k)
 
-    N = len(scores["hit"])
-    half = np.random.default_rng(diagnose.SEED).permutation(N) % 2
+    half = diagnose.halves(scores["user"])
     best = {}
     for side in (0, 1):
-        levels = {nats: found[nats][half == side].sum() for nats in found}
+        levels = {nats: found[nats][mask & (half == side)].sum() for nats in found}
         best[side] = max(levels, key=levels.get)
     change = []
-    for row in range(N):
+    for row in range(len(half)):
         nats = best[1 - half[row]]
-        change.append(float(found[nats][row]) - float(found[0][row]))
+        change.append(mask[row] * (float(found[nats][row]) - float(found[0][row])))
     return np.array(change), best
 
 
-@pytest.mark.parametrize("strength", [0.0, 0.03, 0.3])
+@pytest.mark.parametrize("share", [0.0, 0.5, 3.0])
 @pytest.mark.parametrize("k", [1, 5])
-def test_orders_against_a_slow_loop(strength, k):
-    scores = made_up(strength, N=201, seed=k)
+def test_orders_against_a_slow_loop(share, k):
+    scores = shop(NLL, {"clicks": share, "noise": 0.5}, N=201, seed=k)
     scores["rewards"] = np.round(scores["rewards"], 1)  # ties
+    scores["target_reward"] = np.round(scores["target_reward"], 1)
     scores = diagnose.prepare(scores)
-    expected, _ = slow_fused(scores, k)
-    np.testing.assert_array_equal(diagnose.fused_change(scores, k), expected)
-    thresholds = {"min_difficulty": 0.3, "min_discriminability": 0.01}
-    figures = diagnose.measure(scores, thresholds, k, drawn=False)
-    for name, sort_by in (("policy", "logp"), ("ranker", "rewards")):
-        expected = slow_found(scores, scores[sort_by], k)
-        np.testing.assert_array_equal(figures[name], expected)
+    by_weight = diagnose.found_by_weight(scores, k)
+    np.testing.assert_array_equal(by_weight[0], slow_found(scores, scores["logp"], k))
+    for mask in (np.ones(201, dtype=bool), np.arange(201) % 3 > 0):
+        expected, _ = slow_fused(scores, k, mask)
+        change = diagnose.fused_change(by_weight, scores["user"], mask)
+        np.testing.assert_array_equal(change, expected[mask])
 
 
 def test_each_half_is_judged_with_the_weight_of_the_other():
     # Seeds where the halves choose differently, or the test above could not tell.
     chosen = []
+    everybody = np.ones(120, dtype=bool)
     for seed in range(10):
-        scores = diagnose.prepare(made_up(0.05, N=120, seed=seed))
-        expected, best = slow_fused(scores, 5)
-        np.testing.assert_array_equal(diagnose.fused_change(scores, 5), expected)
+        scores = diagnose.prepare(shop(NLL, {"clicks": 1, "noise": 1}, 120, seed))
+        expected, best = slow_fused(scores, 5, everybody)
+        by_weight = diagnose.found_by_weight(scores, 5)
+        change = diagnose.fused_change(by_weight, scores["user"], everybody)
+        np.testing.assert_array_equal(change, expected)
         chosen.append(best[0] != best[1])
     assert sum(chosen) > 3
 
 
-def test_neither_the_unit_nor_the_level_of_the_rewards_matters_to_the_orders():
-    scores = made_up()
+def test_halves_are_of_users_and_alike_in_size():
+    user = np.random.default_rng(0).integers(300, size=900)
+    half = diagnose.halves(user)
+    sides = [set(user[half == side]) for side in (0, 1)]
+    assert sides[0].isdisjoint(sides[1])
+    assert abs(len(sides[0]) - len(sides[1])) < 30
+
+
+def test_the_control_against_a_slow_loop():
+    scores = shop(N=90, G=8)
+    scores["items"] = scores["items"] * 3  # numbers with gaps
+    scores["user"] = np.arange(90) // 2
+    scores = diagnose.prepare(without(scores, "target_item"))
+    half = diagnose.halves(scores["user"])
+    control, share = diagnose.without_user(scores)
+    known = []
+    for row in range(90):
+        for column in range(8):
+            if not scores["valid"][row, column]:
+                continue
+            item = scores["items"][row, column]
+            others = []
+            for other in np.flatnonzero(half != half[row]):
+                for place in range(8):
+                    same = scores["items"][other, place] == item
+                    if same and scores["valid"][other, place]:
+                        others.append(scores["rewards"][other, place])
+            known.append(len(others) > 0)
+            expected = scores["rewards"][row, column]
+            if others:
+                expected = np.mean(others)
+            assert control[row, column] == pytest.approx(expected)
+    assert share == pytest.approx(np.mean(known))
+    assert 0.5 < share < 1
+
+
+def test_items_that_users_do_not_share_give_no_control():
+    scores = shop(NLL, {"clicks": 3}, N=900)
+    scores["items"] = np.arange(900 * 24).reshape(900, 24)
+    text = diagnose.report(without(scores, "target_item"))
+    assert "without items that users share" in notes(text)[0]
+    assert "control  " not in text
+
+
+@pytest.mark.parametrize("scale", [1 / 1024, 1024])
+def test_the_unit_of_the_rewards_does_not_matter(scale):
+    scores = shop(NLL, {"clicks": 3}, N=900)
     text = diagnose.report(scores)
-    scores["rewards"] = 1024 * scores["rewards"]
-    scores["target_reward"] = 1024 * scores["target_reward"]
-    other = diagnose.report(scores, min_discriminability=10.24)
+    scores["rewards"] = scale * scores["rewards"]
+    scores["target_reward"] = scale * scores["target_reward"]
+    other = diagnose.report(scores, min_discriminability=0.01 * scale)
     table = text.index("percent")
     assert text[table:] == other[other.index("percent") :]
 
 
 def test_columns_are_sorted_by_logp():
-    scores = made_up()
-    text = diagnose.report(scores)
+    scores = shop(N=900)
     mixed = dict(scores)
     order = np.random.default_rng(0).permuted(np.tile(np.arange(24), (900, 1)), axis=1)
-    for name in ("rewards", "hit", "valid", "logp"):
+    for name in ("rewards", "hit", "valid", "logp", "items"):
         mixed[name] = np.take_along_axis(scores[name], order, axis=1)
-    assert diagnose.report(mixed) == text
+    assert diagnose.report(mixed) == diagnose.report(scores)
 
 
-# ------------------------------------------------------------------- AUC, gate, control
+# ------------------------------------------------------------------------- AUC, gate
 
 
-def test_auc_against_a_slow_loop():
-    scores = made_up(0.1, N=200)
+def test_auc_of_ranker_and_policy_against_a_slow_loop():
+    scores = shop(N=200)
     scores["rewards"] = np.round(scores["rewards"], 1)
     scores["target_reward"] = np.round(scores["target_reward"], 1)
-    scores["valid"][3] = scores["hit"][3]  # no negative
-    scores = diagnose.prepare(scores)
-    thresholds = {"min_difficulty": 0.3, "min_discriminability": 0.01}
-    auc = diagnose.measure(scores, thresholds, 10, drawn=False)["auc"]
+    hits = np.flatnonzero(scores["hit"].any(1))
+    scores["valid"][hits[0]] = scores["hit"][hits[0]]  # no negative
+    text = diagnose.report(scores)
+    ranker = []
+    policy = []
     for row in range(200):
         wins = []
+        behind = []
+        is_behind = False
         for column in range(24):
-            if scores["valid"][row, column] and not scores["hit"][row, column]:
+            if scores["hit"][row, column]:
+                is_behind = True
+            elif scores["valid"][row, column]:
                 reward = scores["rewards"][row, column]
                 target_reward = scores["target_reward"][row]
-                wins.append(
-                    float(reward < target_reward) + 0.5 * (reward == target_reward)
-                )
+                is_less = float(reward < target_reward)
+                wins.append(is_less + 0.5 * (reward == target_reward))
+                behind.append(is_behind)
         if wins:
-            assert auc[row] == pytest.approx(np.mean(wins))
-        else:
-            assert row == 3 and np.isnan(auc[row])
-    text = diagnose.report(scores)
-    assert cell(text, "all", "AUC") == pytest.approx(100 * np.nanmean(auc), abs=0.051)
+            ranker.append(np.mean(wins))
+            policy.append(np.mean(behind))
+    assert len(ranker) == 199
+    for title, values in (("AUC-ranker", ranker), ("AUC-policy", policy)):
+        assert cell(text, "all", title) == pytest.approx(
+            100 * np.mean(values), abs=0.051
+        )
+
+
+def test_a_ranker_that_knows_what_the_policy_knows_has_its_auc():
+    text = diagnose.report(shop(NLL, NLL, N=3000))
+    assert cell(text, "all", "AUC-ranker") == cell(text, "all", "AUC-policy") < 45
 
 
 @pytest.mark.parametrize("drawn", [False, True])
 def test_the_gate_and_its_quantiles_by_hand(drawn):
-    scores = made_up(0.1, N=400)
+    scores = shop(N=400)
     ahead = np.argmax(scores["hit"], axis=1) / 24
     ahead[~scores["hit"].any(1)] = 1
     if drawn:
@@ -295,17 +614,14 @@ def test_the_gate_and_its_quantiles_by_hand(drawn):
         lead.append(scores["target_reward"][row] - mean)
     lead = np.array(lead)
     text = diagnose.report(scores, 0.5, 0.05, drawn=drawn)
-    assert cell(text, "all", "clear") == pytest.approx(
-        100 * (lead >= 0.05).mean(), abs=0.051
-    )
-    admitted = (ahead >= 0.5) & (lead >= 0.05)
-    assert cell(text, "all", "admitted") == pytest.approx(
-        100 * admitted.mean(), abs=0.051
-    )
+    clear = 100 * (lead >= 0.05).mean()
+    admitted = 100 * ((ahead >= 0.5) & (lead >= 0.05)).mean()
+    assert cell(text, "all", "clear") == pytest.approx(clear, abs=0.051)
+    assert cell(text, "all", "admitted") == pytest.approx(admitted, abs=0.051)
 
     # Quantiles, and what each admits beside the other threshold.
     lines = text.splitlines()
-    figures = {line[:36].strip(): line[36:].split() for line in lines[1:7]}
+    figures = {line[:36].strip(): line[36:].split() for line in lines[1:6]}
     at = {"difficulty": ahead, "discriminability": lead}
     other = {"difficulty": lead >= 0.05, "discriminability": ahead >= 0.5}
     for name, values in at.items():
@@ -315,41 +631,17 @@ def test_the_gate_and_its_quantiles_by_hand(drawn):
             share = np.mean((values >= quantile) & other[name])
             printed = float(figures[f"admitted from this {name}"][place])
             assert printed == pytest.approx(share, abs=0.004)
-    noisy = float(figures["discriminability, shuffled"][2])
-    assert abs(noisy) < 0.05 < np.median(lead)
 
 
-def test_shuffled_rewards_stay_in_their_group_and_the_target_goes_along():
-    scores = made_up()
-    scores["valid"][0] = False  # nothing to shuffle
-    scores["hit"][0] = False
-    scores["rewards"] += np.arange(900)[:, None]  # each group has rewards of its own
-    scores["target_reward"] += np.arange(900)
-    noise = diagnose.shuffle(scores)
-    for row in range(900):
-        valid = scores["valid"][row]
-        before = scores["rewards"][row]
-        after = noise["rewards"][row]
-        np.testing.assert_array_equal(before[~valid], after[~valid])
-        np.testing.assert_array_equal(np.sort(before[valid]), np.sort(after[valid]))
-        if scores["hit"][row].any():
-            assert noise["target_reward"][row] == after[scores["hit"][row]]
-        elif valid.any():
-            assert noise["target_reward"][row] in before[valid]
-    assert noise["target_reward"][0] == scores["target_reward"][0]
-    moved = noise["rewards"] != scores["rewards"]
-    assert moved[scores["valid"]].mean() > 0.9
-
-
-# ------------------------------------------------------------------------------- groups
+# ------------------------------------------------------------------------------ groups
 
 
 def test_numbers_are_cut_in_thirds_and_names_are_names():
-    scores = made_up()
+    scores = shop(N=900)
     scores["group_age"] = np.random.default_rng(0).permutation(900) + 1
     scores["group_stars"] = np.arange(900) % 5 + 1
     scores["group_new"] = np.arange(900) < 300
-    scores["group_kind"] = np.where(np.arange(900) < 5, "tiny", "large")
+    scores["group_kind"] = np.where(np.arange(900) < 9, "tiny", "large")
     scores["group_capped"] = np.minimum(np.arange(900), 599)
     scores["group_zeros"] = np.maximum(np.arange(900) - 700, 0)
     text = diagnose.report(scores)
@@ -362,158 +654,164 @@ def test_numbers_are_cut_in_thirds_and_names_are_names():
         "stars 5": 180,
         "new True": 300,
         "new False": 600,
-        "kind large": 895,
+        "kind large": 891,
         "zeros low <= 0": 701,
         "zeros high > 0": 199,
     }
     for label, size in sizes.items():
         assert cell(text, label, "n") == size
-    assert "tiny" not in text  # five samples show nothing
+    assert "tiny" not in text  # nine users show nothing
     assert "zeros middle" not in text  # nobody is there
 
     # A row holds the figures of its own samples.
-    is_new = scores["group_new"]
-    alone = {name: array[is_new] for name, array in scores.items()}
-    for title in ("HR@10", "ranker", "AUC", "clear", "admitted"):
-        assert cell(text, "new True", title) == cell(
-            diagnose.report(alone), "all", title
-        )
-    change = diagnose.fused_change(diagnose.prepare(scores), 10)
-    mean = 100 * change[is_new].mean()
-    assert cell(text, "new True", "fused") == pytest.approx(mean, abs=0.051)
+    alone = {name: array[:300] for name, array in scores.items()}
+    other = diagnose.report(alone)
+    for title in ("HR@10", "AUC-policy", "AUC-ranker", "clear", "admitted"):
+        assert cell(text, "new True", title) == cell(other, "all", title)
 
 
-@pytest.mark.parametrize("drawn", [False, True])
-def test_the_text_is_ascii_of_100_columns(drawn):
-    scores = made_up(0.5, N=3000, G=11)
-    random = np.random.default_rng(0)
-    scores["group_" + "long" * 30] = random.choice(["é" * 90, "b" * 120], 3000)
-    scores["group_länge"] = random.random(3000) * 1e9
-    text = diagnose.report(scores, drawn=drawn)
+def test_ten_samples_of_nine_users_are_no_group():
+    scores = shop(N=900)
+    scores["group_kind"] = np.where(np.arange(900) < 10, "tiny", "large")
+    assert "kind tiny" in diagnose.report(scores)
+    scores["user"] = np.maximum(np.arange(900), 1)
+    assert "kind tiny" not in diagnose.report(scores)
+
+
+def test_the_printed_interval_is_1_96_standard_errors():
+    scores = shop(N=900)
+    prepared = diagnose.prepare(scores)
+    mask = scores["group_home"] == "south"
+    by_weight = diagnose.found_by_weight(prepared, 10)
+    change = 100 * diagnose.fused_change(by_weight, np.arange(900), mask)
+    n = len(change)
+    error = 1.96 * np.sqrt(n * change.var() + 4 * 100**2) / n
+    row = re.search("^home south .*$", diagnose.report(scores), re.MULTILINE)[0]
+    assert f" {change.mean():+.1f} +-{error:.1f} " in row
+
+
+def test_long_names_keep_their_ends_and_the_last_line_all():
+    scores = shop(NLL, {"clicks": 3}, N=3000)
+    names = ["b" * 90 + "é\none", "b" * 90 + "é\ntwo"]
+    scores["group_" + "long" * 9] = np.random.default_rng(0).choice(names, 3000)
+    text = diagnose.report(scores)
     assert text.isascii()
-    assert max(map(len, text.splitlines())) <= 100
-    assert drawn or YES in last_line(text)
+    lines = text.splitlines()
+    assert max(map(len, lines[:-1])) <= 100
+    for end in ("one", "two"):
+        assert [line for line in lines if line.startswith("...bb") and end in line[:25]]
+        assert "long" * 9 + " " + "b" * 90 + r"\xe9\n" + end + " +" in lines[-1]
 
 
-# -------------------------------------------------------------------------------- notes
+# -------------------------------------------------------------------- what looks wrong
 
 
 def change_scores(name, scores):
-    if name == "no rollout is a hit":
-        scores["hit"][:] = False
+    present = scores["hit"].any(1)
     if name == "no target is absent":
-        scores["hit"][~scores["hit"].any(1), 0] = True
-        scores["valid"] |= scores["hit"]
-        scores["target_reward"] = scores["rewards"][scores["hit"]]
-    if name == "the rewards are flat":
-        scores["rewards"][:500] = 0.3
-        scores["target_reward"][:500] = 0.3
-    if name == "AUC is near chance":
-        scores["target_reward"] -= 0.3
-        scores["rewards"][scores["hit"]] -= 0.3
-    if name == "rewards are negative and invalid IDs are at 0":
+        scores = {key: array[present] for key, array in scores.items()}
+    if name == "rewards are negative, and invalid IDs at 0 above them":
         scores["rewards"][scores["valid"]] -= 2
         scores["target_reward"] -= 2
     if name == "target_reward is not the reward of the hit":
         scores["target_reward"] = scores["target_reward"] * 1.5
-    if name == "targets are hit more than once":
-        scores["hit"][:9, :2] = True
-        scores["valid"][:9, :2] = True
-        scores["rewards"][:9, :2] = scores["target_reward"][:9, None]
-    if name == "fewer than 200 samples":
-        scores = {key: array[:199] for key, array in scores.items()}
+    if name == "0% reach min_discriminability, and no other threshold":
+        scores["target_reward"] = 0 * scores["target_reward"]
+        scores["rewards"] = 0 * scores["rewards"]
     return scores
 
 
 @pytest.mark.parametrize(
-    "name",
+    "name, options",
     [
-        "no rollout is a hit",
-        "no target is absent",
-        "the rewards are flat",
-        "AUC is near chance",
-        "rewards are negative and invalid IDs are at 0",
-        "target_reward is not the reward of the hit",
-        "targets are hit more than once",
-        "fewer than 200 samples",
+        ("no target is absent", {}),
+        ("rewards are negative, and invalid IDs at 0 above them", {}),
+        ("target_reward is not the reward of the hit", {}),
+        ("0% reach min_difficulty; ", {"min_difficulty": 1.01}),
+        ("100% reach min_difficulty; ", {"min_difficulty": 0}),
+        ("100% reach min_discriminability; ", {"min_discriminability": -1}),
+        ("0% reach min_discriminability, and no other threshold", {}),
     ],
 )
-def test_notes(name):
-    text = diagnose.report(change_scores(name, made_up()))
-    found = [line for line in text.splitlines() if line.startswith("Note: ")]
-    assert [line for line in found if name in line] != []
-    assert len(found) == 1, found
+def test_notes(name, options):
+    text = diagnose.report(change_scores(name, shop(N=900)), **options)
+    assert len(notes(text)) == 1
+    assert notes(text)[0].startswith(f"Note: {name}")
 
 
 def test_negative_rewards_are_fine_where_invalid_rollouts_are_lower():
-    scores = change_scores("rewards are negative and invalid IDs are at 0", made_up())
+    name = "rewards are negative, and invalid IDs at 0 above them"
+    scores = change_scores(name, shop(N=900))
     scores["rewards"][~scores["valid"]] = -9
-    assert "Note" not in diagnose.report(scores)
+    assert notes(diagnose.report(scores)) == []
 
 
-# ------------------------------------------------------------------- what may be absent
+# ------------------------------------------------------------------ what may be absent
 
 
 def test_without_valid_every_rollout_is_an_item():
-    scores = made_up()
+    scores = shop(N=900)
     scores["valid"][:] = True
-    text = diagnose.report(scores)
-    del scores["valid"]
-    assert diagnose.report(scores) == text
+    scores["items"] = np.where(scores["items"] < 0, 999, scores["items"])
+    assert diagnose.report(without(scores, "valid")) == diagnose.report(scores)
 
 
 def test_without_logp_columns_are_taken_as_they_come():
-    scores = made_up()
+    scores = shop(N=900)
     text = diagnose.report(scores)
-    del scores["logp"]
-    other = diagnose.report(scores)
-    for title in ("HR@10", "ranker", "AUC", "clear", "admitted"):
+    other = diagnose.report(without(scores, "logp"))
+    for title in ("HR@10", "AUC-policy", "AUC-ranker", "clear", "admitted"):
         assert cell(other, "all", title) == cell(text, "all", title)
-    assert "fused  " not in other
-    assert last_line(other).startswith("No verdict: it needs logp")
+    assert last_line(other).startswith("Undecided: no verdict is possible without logp")
 
 
 def test_drawn_groups_have_no_order():
-    scores = made_up()
+    scores = shop(N=900)
     text = diagnose.report(scores, drawn=True)
-    assert "No HR@k and no fused order" in text
-    assert "No verdict" in last_line(text)
-    assert "HR@10 " not in text
+    assert last_line(text).endswith("without logp, nor of drawn groups.")
+    assert answer(text) == "Undecided"
+    assert "HR@10 " not in text and "AUC-policy" not in text
     back = {name: array[:, ::-1] for name, array in scores.items() if array.ndim == 2}
     other = diagnose.report(scores | back, drawn=True)
-    for title in ("AUC", "clear", "admitted"):
+    for title in ("AUC-ranker", "clear", "admitted"):
         assert cell(other, "all", title) == cell(text, "all", title)
-    assert "Note: targets" not in diagnose.report(
-        change_scores("targets are hit more than once", scores), drawn=True
-    )
 
 
-def test_other_types_of_numbers_do_and_nothing_given_is_changed():
-    scores = made_up()
+def test_other_types_do_and_nothing_given_is_changed():
+    scores = shop(NLL, {"clicks": 3}, N=900)
     scores["rewards"] = np.round(64 * scores["rewards"]).astype(np.uint8)
     scores["target_reward"] = np.round(64 * scores["target_reward"]).astype(np.int16)
-    scores["logp"] = np.random.default_rng(0).permuted(scores["logp"], axis=1)
     scores["logp"] = scores["logp"].astype(np.float16)
-    copies = {name: array.copy() for name, array in scores.items()}
     text = diagnose.report(scores)
-    assert last_line(text) == f"In all: {YES}"
+    for name in ("rewards", "target_reward", "logp"):
+        scores[name] = scores[name].astype(np.float64)
+    assert diagnose.report(scores) == text
+    scores["hit"] = scores["hit"].astype(np.uint8)
+    scores["valid"] = scores["valid"].astype(float)
+    for name in ("items", "target_item"):
+        scores[name] = scores[name].astype(str)
+    copies = {name: array.copy() for name, array in scores.items()}
+    assert diagnose.report(scores) == text
     for name, array in copies.items():
         np.testing.assert_array_equal(scores[name], array)
-    as_floats = dict(scores)
-    for name in ("rewards", "target_reward", "logp"):
-        as_floats[name] = scores[name].astype(np.float64)
-    assert diagnose.report(as_floats) == text
 
 
-# ------------------------------------------------------------------------------ command
+# ----------------------------------------------------------------------------- command
+
+
+def small():
+    scores = shop(N=20)
+    scores["valid"][:] = True
+    return scores
 
 
 def with_nan(name):
-    array = made_up(N=20)[name]
+    array = small()[name].astype(float)
     array.flat[3] = np.nan
     return array
 
 
+MASK = np.zeros((20, 24), dtype=bool)
 BAD_ARRAYS = [
     ("rewards", None, "expected an array of this name, given none"),
     ("target_reward", None, "expected an array of this name, given none"),
@@ -521,34 +819,35 @@ BAD_ARRAYS = [
     ("rewards", np.zeros(20), "expected (N, G), (10, 2) or more, given (20,)"),
     ("rewards", np.zeros((9, 24)), "expected (N, G), (10, 2) or more, given (9, 24)"),
     ("rewards", np.zeros((20, 1)), "expected (N, G), (10, 2) or more, given (20, 1)"),
-    (
-        "rewards",
-        np.zeros((20, 24), dtype=complex),
-        "expected numbers, given complex128",
-    ),
+    ("rewards", MASK, "expected numbers, given bool"),
     ("rewards", with_nan("rewards"), "expected finite numbers, given nan or inf"),
     ("target_reward", np.zeros((20, 1)), "expected shape (20,), given (20, 1)"),
     ("target_reward", with_nan("target_reward"), "expected finite numbers, given nan"),
-    ("hit", np.zeros((20, 24)), "expected bool, given float64"),
-    ("hit", np.zeros((20, 23), dtype=bool), "expected shape (20, 24), given (20, 23)"),
-    ("hit", np.ones((20, 24), dtype=bool), "expected False for some valid rollout"),
-    ("valid", np.ones((20, 24), dtype=int), "expected bool, given int64"),
-    ("valid", np.zeros((20, 24), dtype=bool), "expected True wherever hit is True"),
+    ("hit", np.full((20, 24), "a"), "expected True or False, given <U1"),
+    ("hit", np.full((20, 24), 255, np.uint8), "expected True or False, given other"),
+    ("hit", MASK[:, 1:], "expected shape (20, 24), given (20, 23)"),
+    ("hit", ~MASK, "expected a valid rollout that is no hit, given none"),
+    ("hit", MASK, "expected True just where items is target_item"),
+    ("valid", np.full((20, 24), -1), "expected True or False, given other numbers"),
+    ("valid", MASK, "expected True wherever hit is True"),
     ("logp", np.zeros((24, 20)), "expected shape (20, 24), given (24, 20)"),
     ("logp", np.full((20, 24), "a"), "expected numbers, given <U1"),
     ("logp", with_nan("logp"), "expected finite numbers, given nan or inf"),
+    ("items", np.zeros(20), "expected shape (20, 24), given (20,)"),
+    ("items", MASK, "expected numbers or names, given bool"),
+    ("items", with_nan("items"), "expected finite numbers, given nan or inf"),
+    ("user", np.zeros((20, 24)), "expected shape (20,), given (20, 24)"),
     ("group_kind", np.zeros((20, 24)), "expected shape (20,), given (20, 24)"),
     ("group_kind", np.zeros(20, "M8[s]"), "expected numbers or names, given datetime"),
-    ("group_kind", np.array(["a", None] * 10), "expected plain types, given: Object"),
+    ("group_kind", np.array(["a", None] * 10), "expected numbers or text, given Pyth"),
     ("group_kind", np.full(20, np.inf), "expected finite numbers, given nan or inf"),
-    ("log_p", np.zeros((20, 24)), "expected one of rewards, target_reward, hit, valid"),
+    ("log_p", np.zeros((20, 24)), "leave it out, or call it rewards, target_reward, "),
 ]
 
 
 @pytest.mark.parametrize("name, array, message", BAD_ARRAYS)
 def test_a_wrong_array_is_named_in_one_line(name, array, message, tmp_path, capsys):
-    scores = made_up(N=20)
-    scores["valid"][:] = True
+    scores = small()
     scores[name] = array
     if array is None:
         del scores[name]
@@ -565,94 +864,97 @@ def test_a_wrong_array_is_named_in_one_line(name, array, message, tmp_path, caps
 @pytest.mark.parametrize("content", [None, b"", b"text", b"\x93NUMPY"])
 def test_a_file_of_another_kind_is_named_in_one_line(content, tmp_path, capsys):
     path = tmp_path / "scores.npz"
+    message = "no such file; numpy.savez adds .npz"
     if content is not None:
         path.write_bytes(content)
+        message = "expected a file of numpy.savez"
     with pytest.raises(SystemExit) as end:
         diagnose.main([str(path)])
     error = capsys.readouterr().err
     assert end.value.code == 2
-    assert error.startswith(f"diagnose.py: {path}: expected a file of numpy.savez")
+    assert error.startswith(f"diagnose.py: {path}: {message}")
     assert error.count("\n") == 1
+
+
+def test_a_file_of_torch_save_is_refused(tmp_path, capsys):
+    torch.save({"rewards": torch.zeros(20, 24)}, tmp_path / "scores.npz")
+    with pytest.raises(SystemExit):
+        diagnose.main([str(tmp_path / "scores.npz")])
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.parametrize("k", [0, 24, 100])
 def test_k_must_be_less_than_the_group(k):
     with pytest.raises(ValueError, match="k: expected 1 to 23"):
-        diagnose.report(made_up(N=20), k=k)
-    assert "No verdict" in diagnose.report(made_up(N=20), k=k, drawn=True)
+        diagnose.report(small(), k=k)
+    assert "no verdict" in diagnose.report(small(), k=k, drawn=True)
+
+
+@pytest.mark.parametrize("gain", [0.0, -1.0, np.nan])
+def test_the_gain_must_be_above_0(gain):
+    with pytest.raises(ValueError, match="gain: expected more than 0 points"):
+        diagnose.report(small(), gain=gain)
 
 
 def test_the_command_prints_the_report_of_its_options(tmp_path):
-    scores = made_up(N=300)
+    scores = shop(N=300)
     np.savez(tmp_path / "scores.npz", **scores)
-    options = ["--min-difficulty", "0.5", "--min-discriminability", "0.1", "--k", "5"]
-    command = [
-        sys.executable,
-        diagnose.__file__,
-        str(tmp_path / "scores.npz"),
-        *options,
-    ]
+    command = [sys.executable, diagnose.__file__, str(tmp_path / "scores.npz")]
+    command += ["--min-difficulty", "0.5", "--min-discriminability", "0.1"]
+    command += ["--k", "5", "--gain", "2"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stderr == ""
-    assert done.stdout == diagnose.report(scores, 0.5, 0.1, 5) + "\n"
+    assert done.stdout == diagnose.report(scores, 0.5, 0.1, 5, 2) + "\n"
     assert done.stdout != diagnose.report(scores) + "\n"
 
 
 def test_the_command_takes_drawn_groups(tmp_path, capsys):
-    scores = made_up(N=300)
+    scores = shop(N=300)
     np.savez(tmp_path / "scores.npz", **scores)
     diagnose.main([str(tmp_path / "scores.npz"), "--drawn"])
     assert capsys.readouterr().out == diagnose.report(scores, drawn=True) + "\n"
 
 
-def test_help_explains_every_array_and_column(capsys):
+def test_help_explains_every_array_column_and_answer(capsys):
     with pytest.raises(SystemExit):
         diagnose.main(["--help"])
     text = capsys.readouterr().out
     for name in diagnose.ARRAYS:
         assert f"\n  {name} " in text
-    for title in ("HR@k", "ranker", "fused", "shuffled", "AUC", "clear", "admitted"):
+    for title in ("HR@k", "AUC-policy", "AUC-ranker", "clear", "admitted", "fused"):
+        assert f"\n  {title} " in text
+    for title in ("control ", "Yes: ", "No: ", "Undecided: "):
         assert f"\n  {title} " in text
 
 
-# ------------------------------------------------------------------- the toy's own scores
+# --------------------------------------------------------------------------- the toy's
 
 
-@pytest.fixture(scope="module")
-def toy_scores() -> dict[str, np.ndarray]:
-    """Of the toy's validation users, before post-training; a smaller feed, for speed."""
-    config = replace(adagrpo.Config(), pretrain_epochs=2)
-    sizes = {"posttrain": 1, "test": 1, "validation": 2000, "feed": 60_000}
-    shop = make_shop(0, sizes=sizes)
-    torch.set_num_threads(1)
-    policy = adagrpo.pretrain(shop, config)
-    ranker = adagrpo.train_ranker(shop, config)
-    history = torch.as_tensor(shop.validation.history)
-    target = torch.as_tensor(shop.validation.target)
-    with torch.no_grad():
-        scored = adagrpo.roll_out_and_score(policy, ranker, history, target, config)
+def test_the_example_of_the_docstring_runs_as_it_stands(tmp_path, capsys):
+    lines = diagnose.__doc__.splitlines()
+    start = lines.index("    import numpy as np")
+    end = lines.index("    )", start)
+    example = dedent("\n".join(lines[start : end + 1]))
 
-    names = ("rewards", "target_reward", "hit", "valid", "logp")
-    scores = {name: getattr(scored, name).numpy() for name in names}
-    times_shown = np.bincount(shop.shown.ravel(), minlength=len(shop.tokens))
-    return scores | {"group_shown": times_shown[shop.validation.target]}
+    # A smaller shop and a shorter training, for speed.
+    sizes = "{'feed': 2000, 'pretrain': 2000, 'posttrain': 40, 'validation': 60}"
+    for old, new in (
+        ("make_shop(config.seed)", f"make_shop(config.seed, sizes={sizes})"),
+        ("Config()", "Config(pretrain_epochs=3, ranker_epochs=1)"),
+    ):
+        assert old in example
+        example = example.replace(old, new)
+    (tmp_path / "example.py").write_text(example, encoding="utf-8")
+    root = str(Path(diagnose.__file__).parents[1])
+    environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "example.py"]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True)
 
-
-def test_the_toys_ranker_has_something_to_teach_where_the_feed_has_shown(toy_scores):
-    text = diagnose.report(toy_scores)
-    assert text.splitlines()[-1].endswith("the ranker has something to teach.")
-
-    scores = diagnose.prepare(toy_scores)
-    change = diagnose.fused_change(scores, 10)
-    shown = scores["group_shown"]
-    low, high = np.quantile(shown, [1 / 3, 2 / 3])
-    seldom, seldom_error = diagnose.interval(change[shown <= low], 1.96)
-    often, often_error = diagnose.interval(change[shown > high], 1.96)
-    assert seldom - seldom_error < 0  # nothing is shown there
-    assert often - often_error > seldom + seldom_error
-
-
-def test_the_toys_rewards_shuffled_teach_nothing(toy_scores):
-    noise = diagnose.shuffle(diagnose.prepare(toy_scores))
-    last_line = diagnose.report(noise).splitlines()[-1]
-    assert last_line == "Over all and in each group, nothing to teach is shown."
+    diagnose.main([str(tmp_path / "scores.npz")])
+    text = capsys.readouterr().out
+    assert text.startswith("60 samples, groups of 32\n")
+    assert answer(text) in ("Yes", "No", "Undecided")
+    assert "shown low" in text and "control" in text
+    given = np.load(tmp_path / "scores.npz").files
+    expected = {*diagnose.ARRAYS, "group_shown"} - {"user", "group_NAME"}
+    assert set(given) == expected

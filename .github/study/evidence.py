@@ -1,0 +1,390 @@
+# SPDX-License-Identifier: MIT
+"""RESULTS.md and its picture from the records of study.py.
+
+    python .github/study/evidence.py .github/study/records.jsonl
+
+Records of equal world settings make a study: the one with the defaults of adagrpo.py is
+the main study, the others are variations of it. Seeds 0 to 4 are development seeds: of
+them only what the validation users say is read, to show how settings were chosen.
+
+Every interval is Student's 95% interval over seeds. Differences are paired: both arms
+ran on the same seed, and the difference is taken before the mean. The words are in
+words.md, where {name} stands for a table. The picture needs matplotlib, which is not in
+requirements.txt.
+"""
+
+import argparse
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import toy_data
+from adagrpo import MAX_GRAD_NORM, Config
+
+HERE = Path(__file__).resolve().parent
+DEVELOPMENT = range(5)
+
+DEFAULTS = {
+    "slates": toy_data.SIZES["feed"],
+    "ranker": "clicks",
+    "season_correlation": toy_data.SEASON_CORRELATION,
+    "max_grad_norm": MAX_GRAD_NORM,
+}
+for name, value in vars(Config()).items():
+    if name != "seed":
+        DEFAULTS[name] = value
+
+# What plain NLL never sees: a study that differs in these alone borrows the main
+# study's nll if it has none of its own.
+UNSEEN_BY_NLL = {"group", "weight", "bias", "random_items", "ranker", "slates"}
+UNSEEN_BY_NLL |= {"ranker_epochs", "ranker_lr"}
+
+STRATA = [
+    f"{sure}, {often}"
+    for sure in ("unsure", "middle", "sure")
+    for often in ("often", "middle", "seldom")
+]
+KINDS = ("trend", "series", "niche")
+
+# Quantiles of Student's t for 95%, 1 to 30 degrees of freedom; the last serves beyond.
+T95 = """
+12.706 4.303 3.182 2.776 2.571 2.447 2.365 2.306 2.262 2.228 2.201 2.179 2.160 2.145
+2.131 2.120 2.110 2.101 2.093 2.086 2.080 2.074 2.069 2.064 2.060 2.056 2.052 2.048
+2.045 2.042
+"""
+T95 = [float(quantile) for quantile in T95.split()]
+
+
+# --------------------------------------------------------------------------- statistics
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean over seeds and half-width of its interval; infinite for a single seed."""
+    if len(values) == 1:
+        return values[0], math.inf
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    quantile = T95[min(len(values) - 1, len(T95)) - 1]
+    return float(np.mean(values)), quantile * error
+
+
+def plus_minus(values: list[float], sign: str = "") -> str:
+    """Mean and half-width; the sign + marks a difference."""
+    if not values:
+        return "-"
+    mean, half = interval(values)
+    if math.isinf(half):
+        return f"{mean:{sign}.2f} (one seed)"
+    return f"{mean:{sign}.2f} ±{half:.2f}"
+
+
+def verdict(values: list[float], bound: float = 0.0) -> str:
+    """Is it above the bound? Decided if the whole interval lies on one side."""
+    mean, half = interval(values)
+    if mean - half > bound:
+        return "holds"
+    if mean + half < bound:
+        return "fails"
+    return "undecided"
+
+
+def median_and_range(values: list[float]) -> str:
+    if not values:
+        return "-"
+    return f"{np.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+class Study:
+    """The records of one world."""
+
+    def __init__(self, changes: dict):
+        self.changes = changes  # settings that differ from the defaults
+        self.runs: dict[tuple[int, str], dict] = {}  # (seed, arm) -> figures
+
+    def only(self, seeds: set[int]) -> "Study":
+        """The same without other seeds."""
+        study = Study(self.changes)
+        study.runs = {key: run for key, run in self.runs.items() if key[0] in seeds}
+        return study
+
+    def seeds(self) -> set[int]:
+        return {seed for seed, _ in self.runs}
+
+    def level(self, arm: str, metric: str, group: str = "all") -> dict[int, float]:
+        """The arm's figure for every seed that has one (an empty group has none)."""
+        levels = {}
+        for (seed, name), figures in sorted(self.runs.items()):
+            value = figures.get(group, {}).get(metric, math.nan)
+            if name == arm and math.isfinite(value):
+                levels[seed] = value
+        return levels
+
+    def levels(self, arm: str, metric: str, group: str = "all") -> list[float]:
+        return list(self.level(arm, metric, group).values())
+
+    def gain(
+        self, arm: str, base: str = "nll", metric: str = "hr@10", group: str = "all"
+    ) -> list[float]:
+        """Per seed that has both arms: the arm's figure less the base's."""
+        return paired(self.level(arm, metric, group), self.level(base, metric, group))
+
+    def added(self, arm: str, group: str = "all") -> list[float]:
+        """What the ranker adds at serving: fused less alone."""
+        fused = self.level(arm, "hr@10 fused", group)
+        return paired(fused, self.level(arm, "hr@10", group))
+
+
+def paired(ours: dict[int, float], theirs: dict[int, float]) -> list[float]:
+    """One difference for each seed that stands on both sides."""
+    return [value - theirs[seed] for seed, value in ours.items() if seed in theirs]
+
+
+def read(files: list[Path]) -> tuple[Study, list[Study], list[dict]]:
+    """The main study, its variations, and the records of development seeds."""
+    studies: dict[str, Study] = {}
+    development = []
+    for file in files:
+        for line in file.read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            if record["seed"] in DEVELOPMENT:
+                development.append(record)
+                continue
+            changes = {k: v for k, v in record["world"].items() if v != DEFAULTS[k]}
+            study = studies.setdefault(json.dumps(changes), Study(changes))
+            study.runs[record["seed"], record["arm"]] = record["figures"]
+
+    main = studies.pop("{}", None)
+    if main is None:
+        sys.exit("evidence.py: no record has the defaults of adagrpo.py")
+    for study in studies.values():
+        if study.changes.keys() <= UNSEEN_BY_NLL:
+            for (seed, arm), figures in main.runs.items():
+                if arm == "nll" and seed in study.seeds():
+                    study.runs.setdefault((seed, arm), figures)
+    return main, list(studies.values()), development
+
+
+def variation(studies: list[Study], **changes) -> Study:
+    """The study with exactly these changes; an empty one if it was not run."""
+    for study in studies:
+        if study.changes == changes:
+            return study
+    return Study(changes)
+
+
+# ------------------------------------------------------------------------------- tables
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def against_nll(study: Study, arm: str, metric="hr@10", group="all") -> str:
+    """nll as a level, any other arm as a paired difference to nll."""
+    if arm == "nll":
+        return plus_minus(study.levels(arm, metric, group))
+    return plus_minus(study.gain(arm, "nll", metric, group), "+")
+
+
+def claims_table(main: Study, arms: dict[str, str]) -> str:
+    """The primary claims of claims.md, one comparison a row."""
+    ours = arms["adagrpo"]
+    rows = []
+
+    def add(number: int, words: str, gains: list[float], bound: float = 0.0) -> None:
+        if gains:
+            cell = plus_minus(gains, "+")
+            rows.append([str(number), words, cell, verdict(gains, bound)])
+
+    add(1, "over nll", main.gain(ours, "nll"))
+    for arm in arms["nll"]:
+        add(1, f"over {arm}", main.gain(ours, arm))
+    add(2, f"over {arms['mixture']}", main.gain(ours, arms["mixture"]))
+    for arm in arms["halves"]:
+        add(3, f"over {arm}", main.gain(ours, arm))
+    for arm in arms["distil"]:
+        add(4, f"over {arm}", main.gain(ours, arm))
+    fused = "hr@10 fused"
+    add(5, "fused, over nll fused less 0.5", main.gain(ours, "nll", fused), -0.5)
+    add(5, "fused, over mix-1 fused plus 1.5", main.gain(ours, "mix-1", fused), 1.5)
+    return table(["claim", "adagrpo", "points of HR@10", "verdict"], rows)
+
+
+def arms_table(study: Study, arms: list[str]) -> str:
+    rows = []
+    for arm in arms:
+        if not study.levels(arm, "hr@10"):
+            continue
+        row = [arm]
+        for metric in ("hr@10", "hr@10 fused", "ndcg@10", "recall@32"):
+            row.append(against_nll(study, arm, metric))
+        row.append(median_and_range(study.levels(arm, "hallucination")))
+        row.append(f"{np.median(study.levels(arm, 'w', 'validation')):g}")
+        rows.append(row)
+    head = ["arm", "HR@10 alone", "HR@10 fused", "NDCG@10", "recall@32"]
+    return table([*head, "hallucination, %", "w"], rows)
+
+
+def leads_table(study: Study, ours: str, arms: list[str]) -> str:
+    """An arm less each of the others: alone, clicks and dwell."""
+    rows = []
+    for arm in arms:
+        if arm != ours and study.gain(ours, arm):
+            row = [arm]
+            for metric in ("hr@10", "ctr", "dwell"):
+                row.append(plus_minus(study.gain(ours, arm, metric), "+"))
+            rows.append(row)
+        if arm == "nll" and study.gain(ours, arm):
+            row = ["nll, the ranker at every request"]
+            for metric in ("hr@10", "ctr", "dwell"):
+                fused = study.level(arm, f"{metric} fused")
+                ours_alone = study.level(ours, metric)
+                row.append(plus_minus(paired(ours_alone, fused), "+"))
+            rows.append(row)
+    head = [f"{ours} alone less", "HR@10, points", "simulated CTR, points"]
+    return table([*head, "simulated dwell, s"], rows)
+
+
+def groups_table(main: Study, exposure: Study, groups: list[str], mixture: str) -> str:
+    """What the ranker adds before training, and what arms gain after it, by group."""
+    rows = []
+    for group in groups:
+        row = [group, f"{np.mean(main.levels('before', 'share', group)):.0f}"]
+        row.append(plus_minus(main.levels("before", "hr@10", group)))
+        row.append(plus_minus(main.added("before", group), "+"))
+        row.append(plus_minus(main.levels("nll", "hr@10", group)))
+        for arm in (mixture, "mix-1", "adagrpo"):
+            row.append(against_nll(main, arm, group=group))
+        for arm in ("mix-1", "adagrpo"):
+            row.append(against_nll(exposure, arm, group=group))
+        rows.append(row)
+    head = ["users", "%", "before", "ranker adds", "nll", mixture, "mix-1", "adagrpo"]
+    return table([*head, "mix-1, exposure", "adagrpo, exposure"], rows)
+
+
+def kinds_table(study: Study, arms: list[str]) -> str:
+    rows = []
+    for arm in arms:
+        if study.levels(arm, "hr@10"):
+            rows.append([arm, *[against_nll(study, arm, group=g) for g in KINDS]])
+    return table(["arm", *KINDS], rows)
+
+
+def premise_table(main: Study) -> str:
+    rows = []
+    metrics = ("share", "hr@10", "hr@10 fused", "hard", "clear", "admit")
+    for group in (*KINDS, "all"):
+        levels = [main.levels("before", metric, group) for metric in metrics]
+        rows.append([group, *[plus_minus(values) for values in levels]])
+    return table(["users", *metrics], rows)
+
+
+def rankers_table(rankers: dict[str, Study], arms: list[str]) -> str:
+    """From a good ranker to none: what it adds, what arms gain, what a diagnosis says."""
+    rows = []
+    for name, study in rankers.items():
+        answers = []
+        for (_, arm), figures in sorted(study.runs.items()):
+            if arm == "diagnosis":
+                answers.append(figures["diagnosis"].partition(":")[0].lower())
+        counts = [f"{answer} x{answers.count(answer)}" for answer in sorted(set(answers))]
+        row = [name, plus_minus(study.added("before"), "+")]
+        row.append(plus_minus(study.added("nll"), "+"))
+        row += [against_nll(study, arm) for arm in arms]
+        rows.append([*row, ", ".join(counts) or "-"])
+    head = ["ranker", "adds before", "adds after NLL", *arms, "diagnosis"]
+    return table(head, rows)
+
+
+def variations_table(studies: dict[str, Study], arms: list[str]) -> str:
+    """Gains over nll by world."""
+    rows = []
+    for name, study in studies.items():
+        if study.levels("adagrpo", "hr@10"):
+            row = [name, str(len(study.level("adagrpo", "hr@10")))]
+            row.append(plus_minus(study.levels("nll", "hr@10")))
+            row.append(plus_minus(study.added("nll"), "+"))
+            rows.append([*row, *[against_nll(study, arm) for arm in arms]])
+    return table(["world", "seeds", "nll", "ranker adds to nll", *arms], rows)
+
+
+def training_table(study: Study, arms: list[str]) -> str:
+    """What the rules saw in training."""
+    rows = []
+    for arm in arms:
+        admitted = study.levels(arm, "admitted", "training")
+        weight = study.levels(arm, "weight", "training")
+        if admitted:
+            dose = [w * share / 100 for w, share in zip(weight, admitted)]
+            columns = [admitted, dose]
+            for metric in ("absent", "outscored"):
+                columns.append(study.levels(arm, metric, "training"))
+            rows.append([arm, *[plus_minus(values) for values in columns]])
+    head = ["arm", "admitted, %", "dose", "target absent, %", "target outscored, %"]
+    return table(head, rows)
+
+
+def development_table(records: list[dict]) -> str:
+    """HR@10 of the validation users of development seeds, by world and arm."""
+    levels: dict[tuple, dict[int, float]] = {}
+    for record in records:
+        changes = {k: v for k, v in record["world"].items() if v != DEFAULTS[k]}
+        name = ", ".join(f"{key} {value}" for key, value in changes.items())
+        validation = record["figures"]["validation"]
+        best_fused = max(value for w, value in validation.items() if w != "w")
+        by_seed = levels.setdefault((name, record["arm"]), {})
+        by_seed[record["seed"]] = (validation["0"], best_fused)
+    rows = []
+    for (world, arm), by_seed in sorted(levels.items()):
+        alone = [f"{by_seed[s][0]:.1f}" if s in by_seed else "-" for s in DEVELOPMENT]
+        means = np.mean(list(by_seed.values()), axis=0)
+        name = ", ".join(part for part in (arm, world) if part)
+        rows.append([name, *alone, f"{means[0]:.2f}", f"{means[1]:.2f}"])
+    seeds = [str(seed) for seed in DEVELOPMENT]
+    return table(["arm", *seeds, "mean", "mean, fused"], rows)
+
+
+def seeds_table(main: Study, arms: list[str]) -> str:
+    rows = []
+    for seed in sorted(main.seeds()):
+        row = [str(seed)]
+        for arm in arms:
+            row.append(f"{main.level(arm, 'hr@10').get(seed, math.nan):.2f}")
+        row.append(f"{main.level('nll', 'hr@10 fused').get(seed, math.nan):.2f}")
+        rows.append(row)
+    return table(["seed", *arms, "nll fused"], rows)
+
+
+# ------------------------------------------------------------------------------ picture
+
+
+def draw(main: Study, arms: list[str], file: Path) -> None:
+    """Bars of HR@10 with intervals: the policy alone, and with the ranker."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "adagrpo"  # the same figures, the same file
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 3.2))
+    place = np.arange(len(arms))
+    for shift, metric, label, colour in (
+        (-0.2, "hr@10", "the policy alone", "#d95f02"),
+        (0.2, "hr@10 fused", "with the ranker at every request", "#bdbdbd"),
+    ):
+        levels = [interval(main.levels(arm, metric)) for arm in arms]
+        means = [mean for mean, _ in levels]
+        halves = [half for _, half in levels]
+        axes.bar(place + shift, means, 0.38, yerr=halves, label=label, color=colour)
+    axes.set_xticks(place, arms)
+    axes.set_ylabel("HR@10, %")
+    axes.set_ylim(bottom=40)
+    axes.legend(frameon=False, loc="upper left", ncols=2)
+    figure.tight_layout()
+    figure.savefig(file, metadata={"Date": None}, facecolor="white")
+    plt.close(figure)
