@@ -4,7 +4,7 @@
 A policy, a small GPT, writes the semantic ID of the item that a user buys next: L
 tokens, from the coarse category to the single item. A ranker, a model of clicks, scores
 what it wrote. The ranker is right about some users and wrong about others, because it
-learned from the clicks on a feed, and a feed shows what it likes. AdaGRPO trains on
+learned from clicks on a feed, the lists of items that a shop shows of its own choice. AdaGRPO trains on
 EVERY sample with supervised NLL and admits the GRPO term sample by sample: only where
 the policy finds the sample hard AND the ranker puts the true item above the average of
 what the policy wrote instead.
@@ -63,7 +63,7 @@ from toy_data import Shop, Split, make_shop
 class Gate(NamedTuple):
     """What `adagrpo_gate` says of each sample; (B,) each."""
 
-    admit: Tensor  # bool: hard and clear
+    admit: Tensor  # bool: hard and clear, that is:
     hard: Tensor  # bool: the difficulty reaches its threshold
     clear: Tensor  # bool: the discriminability reaches its threshold
     difficulty: Tensor  # in 0..1
@@ -85,9 +85,10 @@ def adagrpo_gate(
 
     How to choose the thresholds: min_difficulty = k / G means "not among the first k";
     min_discriminability is about a tenth of the spread of your scores. Draws have no
-    order: with ranked=False the difficulty is the share of misses, and 0.9 of 8 draws
-    means "no hit". A score of the target or a negative that is nan or infinite closes
-    the gate. Source: two diagnostics and a 0/1 gate are the paper's, the formulas ours.
+    order: with ranked=False the difficulty is the share of misses, and of 8 draws 0.9
+    asks for no hit at all (7 / 8 < 0.9). A score of target or negative that is nan or
+    infinite closes the gate. Source: the paper's two diagnostics and 0/1 gate; the
+    formulas are ours.
     """
     shapes = [tuple(x.shape) for x in (target_reward, rollout_rewards, hit, valid)]
     group = shapes[1]  # (B, G)
@@ -117,9 +118,8 @@ def group_advantages(rewards: Tensor) -> Tensor:
     """Eq. (5): rewards (B, G) -> standardised in each group (B, G), without gradient.
 
     A group that is flat up to rounding gets exactly 0, and so does one with a reward
-    that is not finite. Can your scores be negative? Then give a hallucination not 0 but
-    the lowest score of an item less one std of the scores. Source: GRPO; flat groups
-    are ours.
+    that is not finite. If scores can be negative, a hallucination has to score below
+    every item: by one std of the scores, say. Source: GRPO; flat groups are ours.
     """
     rewards = rewards.detach().float()
     centred = rewards - rewards.mean(1, keepdim=True)
@@ -140,7 +140,7 @@ def grpo_loss(
     its KL term, and with one ratio per item.
     """
     log_ratio = logp - old_logp  # (B, G)
-    # No nan where your beams are padded (-inf - -inf) or a ratio would overflow.
+    # Padded beams (-inf - -inf) and a ratio beyond e^20: ratio 1, no gradient, no nan.
     log_ratio = torch.where(log_ratio.abs() < 20, log_ratio, 0.0)
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip, 1 + clip)
@@ -158,16 +158,16 @@ def adagrpo_loss(nll: Tensor, grpo: Tensor, admit: Tensor, weight: float) -> Ten
     return (nll + weight * torch.where(admit, grpo, 0.0)).mean()
 
 
-# ----------------------------------------------------------------------------- settings
 # That was the method; you may stop here. What follows makes it run.
+# ----------------------------------------------------------------------------- settings
 
 
 @dataclass
 class Config:
     """The settings; each has a command-line option of the same name."""
 
-    seed: int = 0  # of the shop, the initial weights, and all random draws
-    users: int = 1200  # to post-train on
+    seed: int = 0  # makes the shop, the initial weights and all random draws
+    users: int = 1200  # number of users in post-training
     bias: float = 1.0  # how strongly the feed favours some items and hides others
 
     # the policy's pre-training
@@ -181,10 +181,10 @@ class Config:
     ranker_lr: float = 6e-3
     random_items: int = 2  # count as "not clicked" beside every list that was shown
 
-    # post-training
+    # post-training (no prefix)
     epochs: int = 3
     batch: int = 8  # samples per step (B)
-    lr: float = 3e-4
+    lr: float = 2e-4
     group: int = 32  # rollouts per sample (G)
     weight: float = 5.0  # of GRPO in the arm adagrpo; the NLL has weight 1
     min_difficulty: float = 0.3  # with 32 beams: the target is not among the first ten
@@ -326,7 +326,7 @@ def rollout(policy: Policy, prompt: Tensor, group: int) -> tuple[Tensor, Tensor]
     a branch sees the prompt and its own tokens. With 3 branches, at the second level:
 
                         sees:  prompt   level 1   level 2
-                               x x x     a b c     d e f
+                               p q r     a b c     d e f
         d, which continues a   1 1 1     1 0 0     1 0 0
         e, which continues a   1 1 1     1 0 0     0 1 0
         f, which continues c   1 1 1     0 0 1     0 0 1
@@ -390,7 +390,7 @@ class Optimizer:
 
 
 def shuffled_batches(samples: int, batch: int, epochs: int) -> tuple[Tensor, ...]:
-    """Row numbers of each batch; each pass has a new order, a batch may span two."""
+    """Row numbers of each batch; each pass has a new order, a batch may span two passes."""
     passes = [torch.randperm(samples) for _ in range(epochs)]
     return torch.cat(passes).split(batch)
 
@@ -434,17 +434,17 @@ class Ranker(nn.Module):
         )
 
     def forward(self, history: Tensor, items: Tensor) -> Tensor:
-        """Item numbers: history (B, H), items (B, K) -> logits of a click (B, K)."""
-        item = self.offered(items)  # (B, K, width)
+        """Item numbers: history (B, K), items (B, C) -> logits of a click (B, C)."""
+        item = self.offered(items)  # (B, C, width)
         user = self.bought(history).mean(1, keepdim=True).expand_as(item)
 
         # The product starts far smaller than its factors: times 10.
         product = 10 * user * item
-        features = torch.cat([user, item, product], dim=-1)  # (B, K, 3 * width)
+        features = torch.cat([user, item, product], dim=-1)  # (B, C, 3 * width)
         return self.mlp(features).squeeze(-1)
 
     def click_probability(self, history: Tensor, items: Tensor) -> Tensor:
-        """The score: P(click) in 0..1 (B, K)."""
+        """The score: P(click) in 0..1 (B, C)."""
         return self(history, items).sigmoid()
 
 
@@ -465,9 +465,9 @@ def train_ranker(shop: Shop, config: Config) -> Ranker:
     optimizer = Optimizer(ranker, config.ranker_lr, len(batches))
     for rows in tqdm(batches, "ranker", leave=False, disable=None):
         # A random item may be one that was clicked: rarely, and it does not matter.
-        random = torch.randint(items, (len(rows), config.random_items))
-        offered = torch.cat([shown[rows], random], dim=1)  # (B, S + random items)
-        labels = torch.cat([clicked[rows], torch.zeros(random.shape)], dim=1)
+        extra = torch.randint(items, (len(rows), config.random_items))
+        offered = torch.cat([shown[rows], extra], dim=1)  # (B, S + random items)
+        labels = torch.cat([clicked[rows], torch.zeros(extra.shape)], dim=1)
         logits = ranker(history[rows], offered)
         loss = F.binary_cross_entropy_with_logits(logits, labels)
         optimizer.step(loss)
@@ -514,7 +514,7 @@ def roll_out_and_score(
     valid = items >= 0
     hit = valid & (items == target[:, None])
     with torch.no_grad():  # the ranker learns nothing here
-        scores = ranker.click_probability(history, items.clamp(min=0))
+        scores = ranker.click_probability(history, items.clamp(min=0))  # -1: any item
         rewards = torch.where(valid, scores, 0.0)
         target_reward = ranker.click_probability(history, target[:, None]).squeeze(1)
     if not (rewards.isfinite().all() and target_reward.isfinite().all()):
@@ -535,11 +535,8 @@ def gate_of(scored: Scored, config: Config) -> Gate:
     )
 
 
-Rule = Callable[[Gate], Tensor]  # which samples get the GRPO term, (B,) bool
-
-
-def make_arms(config: Config) -> dict[str, tuple[Rule | None, float]]:
-    """The arms by name: a rule, and the weight of GRPO where the rule admits it."""
+def make_arms(config: Config) -> dict[str, tuple]:
+    """The arms, what is compared: a rule, and the weight of GRPO where it admits it."""
     return {
         "nll": (None, 0.0),  # no GRPO, so nothing has to be rolled out
         "mix-1": (lambda gate: torch.ones_like(gate.admit), 1.0),  # a fixed mixture
@@ -551,7 +548,7 @@ def post_train(
     policy: Policy,
     ranker: Ranker,
     split: Split,
-    rule: Rule | None,
+    rule: Callable[[Gate], Tensor] | None,  # (B,) bool: who gets GRPO; None: nobody
     weight: float,
     config: Config,
     label: str | None = None,  # of the printed lines; None: print nothing
@@ -572,13 +569,13 @@ def post_train(
         prompt = policy.prompt(history)  # (B, T)
         nll = -log_prob(policy, prompt, policy.item_tokens[target])  # (B,)
         figures = {"nll": nll}
-        loss = nll.mean()
+        loss = nll.mean()  # all there is without GRPO
 
         # GRPO joins where the rule admits it.
         if rule is not None:
             scored = roll_out_and_score(policy, ranker, history, target, config.group)
             gate = gate_of(scored, config)
-            admitted = rule(gate)  # (B,): of adagrpo it is gate.admit
+            admitted = rule(gate)  # (B,); in the arm adagrpo it is gate.admit
             advantages = group_advantages(scored.rewards)  # (B, G)  eq. (5)
             old_logp = scored.logp.detach()  # one update per rollout
             grpo = grpo_loss(scored.logp, old_logp, advantages)  # (B,)  eq. (6)
@@ -609,7 +606,7 @@ def mean_of(log: list[dict[str, Tensor]], name: str) -> float:
 BEAMS = 32  # in every evaluation, whatever the groups of the training
 
 # The baseline without RL asks the ranker at every request: it sorts the policy's beams
-# by log-probability + w * reward, the fused order. With w = 0 it is the policy alone.
+# by log-probability + w * reward, called fused. With w = 0 it is the policy alone.
 FUSION_WEIGHTS = (0, 1, 2, 4, 8, 16, 32)
 
 Metrics = dict[str, Tensor]  # by name; (N,) each
@@ -621,12 +618,13 @@ def metrics_of(scored: Scored, config: Config) -> Metrics:
     hit = scored.hit.float()  # (N, 32)
 
     # hr@10: is the target among the first ten?
-    for weight in FUSION_WEIGHTS:
-        score = scored.logp + weight * scored.rewards
+    for w in FUSION_WEIGHTS:
+        score = scored.logp + w * scored.rewards
         order = score.argsort(dim=1, descending=True, stable=True)
-        metrics[f"hr@10, w={weight}"] = hit.gather(1, order)[:, :10].amax(1)
+        sorted_hit = hit.gather(1, order)
+        metrics[f"hr@10, w={w}"] = sorted_hit[:, :10].amax(1)
 
-    # ndcg@10: 1 / log2(1 + its rank), 0 if it is not. hallucination: share of the ten.
+    # ndcg@10: 1 / log2(1 + the target's rank), or 0. hallucination: share of the ten.
     first = hit[:, :10]
     rank = torch.arange(1, first.shape[1] + 1)
     metrics["ndcg@10"] = (first / torch.log2(1 + rank)).amax(1)
@@ -666,7 +664,7 @@ def best_weight(validation: Metrics) -> int:
 
 def command_line(argv: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
     """The settings, and the other options: device, save."""
-    parser = argparse.ArgumentParser(epilog="Class Config says what settings mean.")
+    parser = argparse.ArgumentParser(epilog="Settings: see Config in adagrpo.py.")
     add = parser.add_argument
     add("--device", default="cpu", help="cpu, cuda or mps")
     add("--save", type=Path, metavar="FOLDER", help="where the policies are saved")
@@ -739,11 +737,13 @@ def by_kind(shop: Shop, metric: Tensor) -> list[float]:
 def print_premise(shop: Shop, validation: Metrics, test: Metrics) -> None:
     """Before any post-training: does the ranker know what the policy does not?"""
     print("\nBefore post-training, percent of test users. fused: hr@10 if the ranker")
-    print("helps to sort the 32 likeliest IDs, by log-probability + w * reward\n")
+    print(
+        "helps to sort the 32 beams. hard, clear, admit: what the gate says of them\n"
+    )
     print_row("", ["all", *shop.kinds])
     print_row("hr@10", by_kind(shop, test["hr@10, w=0"]), ".1f")
-    weight = best_weight(validation)
-    print_row("fused", by_kind(shop, test[f"hr@10, w={weight}"]), ".1f")
+    best_w = best_weight(validation)
+    print_row("fused", by_kind(shop, test[f"hr@10, w={best_w}"]), ".1f")
     for name in ("hard", "clear", "admit"):
         print_row(name, by_kind(shop, test[name]), ".1f")
 
@@ -758,17 +758,15 @@ def print_group(
     gate = gate_of(scored, config)
     advantages = group_advantages(scored.rewards)  # (1, 32)
 
-    print("\nThe ten likeliest IDs for a test user whom the gate admits\n")
+    print("\nThe ten likeliest IDs for a test user (one whom the gate admits)\n")
     print_row("", ["policy", "reward", "advant."])
     for place, ID in enumerate(scored.tokens[0, :10].tolist()):
         name = "-".join(str(token) for token in ID)
         probability = scored.logp[0, place].exp()
         cells = [probability, scored.rewards[0, place], advantages[0, place]]
         print_row(name, cells, ".3f")
-    print(f"target: reward {scored.target_reward[0]:.3f}", end="")
-    print(f", difficulty {gate.difficulty[0]:.2f}", end="")
-    print(f", discriminability {gate.discriminability[0]:.3f}", end="")
-    print(f", admitted: {bool(gate.admit[0])}")
+    figures = {"reward": scored.target_reward} | gate._asdict()
+    print("target: " + ", ".join(f"{n} {v.item():.3g}" for n, v in figures.items()))
 
 
 def print_results(shop: Shop, results: dict[str, tuple]) -> None:
@@ -780,11 +778,11 @@ def print_results(shop: Shop, results: dict[str, tuple]) -> None:
     titles = ["fused", "w", "ndcg@10", "halluc.", "dose", "tune"]
     print_row("", ["hr@10", *shop.kinds, *titles])
     for arm, (validation, test, dose) in results.items():
-        weight = best_weight(validation)
+        best_w = best_weight(validation)
         cells = [
             *by_kind(shop, test["hr@10, w=0"]),
-            percent(test[f"hr@10, w={weight}"]),
-            weight,
+            percent(test[f"hr@10, w={best_w}"]),
+            best_w,
             percent(test["ndcg@10"]),
             percent(test["hallucination"]),
             dose,

@@ -65,7 +65,7 @@ class Split:
     kind: np.ndarray  # (N,) index into Shop.kinds; used for tables only, never to train
 
     def __post_init__(self):
-        self.history = self.history.astype(np.int64, order="C")  # a copy
+        self.history = self.history.astype(np.int64, order="C")  # always a copy
         self.target = self.target.astype(np.int64)
         if self.history.min() < 0 or self.target.min() < 0:
             raise ValueError("history and target must be item numbers, 0 or more")
@@ -81,7 +81,7 @@ class Shop:
     posttrain: Split  # here and below the target is this season's
     validation: Split
     test: Split
-    feed_history: np.ndarray  # (M, H) what the viewer of each slate had bought
+    feed_history: np.ndarray  # (M, H) the first H purchases of each slate's viewer
     shown: np.ndarray  # (M, S) the items on it
     clicked: np.ndarray  # (M, S) bool
 
@@ -170,8 +170,8 @@ def make_qualities(
 
 
 TASTE_SPREAD = 0.2  # of tastes around the centre of the home category
-SHARPNESS = 12.0  # purchases ~ softmax(SHARPNESS * appeal), over shown and hidden items
-HOME_BONUS = 1.0  # series users, purchases only: on the appeal of home category's items
+SHARPNESS = 12.0  # purchases ~ softmax(SHARPNESS * appeal), whatever the feed shows
+HOME_BONUS = 1.0  # of series users: they buy (not click) in their home category
 # Series purchases are sorted by item number plus noise; a category has some 62 numbers.
 ORDER_NOISE = 15.0
 
@@ -196,13 +196,13 @@ def make_users(
     logits = SHARPNESS * (liking + history_quality)
     history = draw_without_replacement(rng, logits, HISTORY)
 
-    # The target is drawn from what is left.
+    # The ninth purchase is drawn from what is left.
     logits = SHARPNESS * (liking + target_quality)
     np.put_along_axis(logits, history, -np.inf, axis=1)
     target = draw_without_replacement(rng, logits, 1)
     bought = np.concatenate([history, target], axis=1)
 
-    # Series users buy roughly in the order of the item numbers.
+    # Series users buy roughly in the order of the item numbers; the last is the target.
     position = bought + rng.normal(0, ORDER_NOISE, size=bought.shape)
     in_order = np.take_along_axis(bought, position.argsort(axis=1), axis=1)
     bought = np.where(is_series[:, None], in_order, bought)

@@ -16,7 +16,6 @@ requirements.txt.
 import argparse
 import json
 import math
-import re
 import sys
 from pathlib import Path
 
@@ -31,6 +30,7 @@ DEVELOPMENT = range(5)
 
 DEFAULTS = {
     "slates": toy_data.SIZES["feed"],
+    "pretrain_users": toy_data.SIZES["pretrain"],
     "ranker": "clicks",
     "season_correlation": toy_data.SEASON_CORRELATION,
     "max_grad_norm": MAX_GRAD_NORM,
@@ -43,6 +43,19 @@ for name, value in vars(Config()).items():
 # study's nll if it has none of its own.
 UNSEEN_BY_NLL = {"group", "weight", "bias", "random_items", "ranker", "slates"}
 UNSEEN_BY_NLL |= {"ranker_epochs", "ranker_lr"}
+
+# The arms of the main study. The weights are those that validation chose on development
+# seeds, or those that give the dose of adagrpo ("at equal dose").
+MIXTURE = "mix-0.3"  # the best fixed mixture
+CLAIMS = {
+    "nll": ["nll,epochs=4", "nll,lr=1e-4,epochs=6"],
+    "halves": ["random", "difficulty-0.7", "difficulty-2"],
+    "distil": ["distil-1,w=8", "gated-distil-10,w=8"],
+}
+ARMS = ["before", "nll", *CLAIMS["nll"], "whole", "clicks"]
+ARMS += ["mix-0.1", "mix-0.3", "mix-1", *CLAIMS["distil"], *CLAIMS["halves"]]
+ARMS += ["level-3.2", "spread-2.6", "oracle-2", "adagrpo-2.5", "adagrpo", "adagrpo-10"]
+SHORT = ["nll", MIXTURE, "random", "level-3.2", "adagrpo"]
 
 STRATA = [
     f"{sure}, {often}"
@@ -191,9 +204,8 @@ def against_nll(study: Study, arm: str, metric="hr@10", group="all") -> str:
     return plus_minus(study.gain(arm, "nll", metric, group), "+")
 
 
-def claims_table(main: Study, arms: dict[str, str]) -> str:
+def claims_table(main: Study) -> str:
     """The primary claims of claims.md, one comparison a row."""
-    ours = arms["adagrpo"]
     rows = []
 
     def add(number: int, words: str, gains: list[float], bound: float = 0.0) -> None:
@@ -201,17 +213,18 @@ def claims_table(main: Study, arms: dict[str, str]) -> str:
             cell = plus_minus(gains, "+")
             rows.append([str(number), words, cell, verdict(gains, bound)])
 
-    add(1, "over nll", main.gain(ours, "nll"))
-    for arm in arms["nll"]:
-        add(1, f"over {arm}", main.gain(ours, arm))
-    add(2, f"over {arms['mixture']}", main.gain(ours, arms["mixture"]))
-    for arm in arms["halves"]:
-        add(3, f"over {arm}", main.gain(ours, arm))
-    for arm in arms["distil"]:
-        add(4, f"over {arm}", main.gain(ours, arm))
+    for arm in ["nll", *CLAIMS["nll"]]:
+        add(1, f"over {arm}", main.gain("adagrpo", arm))
+    add(2, f"over {MIXTURE}", main.gain("adagrpo", MIXTURE))
+    for arm in CLAIMS["halves"]:
+        add(3, f"over {arm}", main.gain("adagrpo", arm))
+    for arm in CLAIMS["distil"]:
+        add(4, f"over {arm}", main.gain("adagrpo", arm))
     fused = "hr@10 fused"
-    add(5, "fused, over nll fused less 0.5", main.gain(ours, "nll", fused), -0.5)
-    add(5, "fused, over mix-1 fused plus 1.5", main.gain(ours, "mix-1", fused), 1.5)
+    over_nll = main.gain("adagrpo", "nll", fused)
+    add(5, "fused: over nll fused less 0.5", over_nll, -0.5)
+    over_mix = main.gain("adagrpo", "mix-1", fused)
+    add(5, "fused: over mix-1 fused plus 1.5", over_mix, 1.5)
     return table(["claim", "adagrpo", "points of HR@10", "verdict"], rows)
 
 
@@ -250,7 +263,19 @@ def leads_table(study: Study, ours: str, arms: list[str]) -> str:
     return table([*head, "simulated dwell, s"], rows)
 
 
-def groups_table(main: Study, exposure: Study, groups: list[str], mixture: str) -> str:
+def valid_table(study: Study, arms: list[str]) -> str:
+    """HR@10 as it is, if IDs that name no item are dropped, and with a table."""
+    rows = []
+    for arm in arms:
+        row = [arm]
+        for metric in ("hr@10", "hr@10 valid", "hr@10 table"):
+            row.append(against_nll(study, arm, metric))
+        rows.append(row)
+    head = ["arm", "HR@10", "only items in the list", "with a table of click rates"]
+    return table(head, rows)
+
+
+def groups_table(main: Study, exposure: Study, groups: list[str]) -> str:
     """What the ranker adds before training, and what arms gain after it, by group."""
     rows = []
     for group in groups:
@@ -258,12 +283,12 @@ def groups_table(main: Study, exposure: Study, groups: list[str], mixture: str) 
         row.append(plus_minus(main.levels("before", "hr@10", group)))
         row.append(plus_minus(main.added("before", group), "+"))
         row.append(plus_minus(main.levels("nll", "hr@10", group)))
-        for arm in (mixture, "mix-1", "adagrpo"):
+        for arm in (MIXTURE, "mix-1", "adagrpo"):
             row.append(against_nll(main, arm, group=group))
         for arm in ("mix-1", "adagrpo"):
             row.append(against_nll(exposure, arm, group=group))
         rows.append(row)
-    head = ["users", "%", "before", "ranker adds", "nll", mixture, "mix-1", "adagrpo"]
+    head = ["users", "%", "before", "ranker adds", "nll", MIXTURE, "mix-1", "adagrpo"]
     return table([*head, "mix-1, exposure", "adagrpo, exposure"], rows)
 
 
@@ -292,7 +317,9 @@ def rankers_table(rankers: dict[str, Study], arms: list[str]) -> str:
         for (_, arm), figures in sorted(study.runs.items()):
             if arm == "diagnosis":
                 answers.append(figures["diagnosis"].partition(":")[0].lower())
-        counts = [f"{answer} x{answers.count(answer)}" for answer in sorted(set(answers))]
+        counts = [
+            f"{answer} x{answers.count(answer)}" for answer in sorted(set(answers))
+        ]
         row = [name, plus_minus(study.added("before"), "+")]
         row.append(plus_minus(study.added("nll"), "+"))
         row += [against_nll(study, arm) for arm in arms]
@@ -388,3 +415,78 @@ def draw(main: Study, arms: list[str], file: Path) -> None:
     figure.tight_layout()
     figure.savefig(file, metadata={"Date": None}, facecolor="white")
     plt.close(figure)
+
+
+# --------------------------------------------------------------------------------- main
+
+
+def tables_of(
+    main: Study, studies: list[Study], development: list[dict]
+) -> dict[str, str]:
+    """All tables by the name that stands in words.md."""
+    four = main.only({seed for study in studies for seed in study.seeds()})
+    exposure = variation(studies, ranker="exposure")
+    noise = variation(studies, ranker="noise")
+    rankers = {
+        "200,000 slates": four,
+        "60,000 slates": variation(studies, slates=60_000, ranker_epochs=5),
+        "20,000 slates": variation(studies, slates=20_000, ranker_epochs=10),
+        "exposure only": exposure,
+        "noise": noise,
+    }
+    worlds = {
+        "main, the same seeds": four,
+        "bias 0": variation(studies, bias=0.0),
+        "bias 0.5": variation(studies, bias=0.5),
+        "season correlation 0": variation(studies, season_correlation=0.0),
+        "season correlation 1": variation(studies, season_correlation=1.0),
+        "pre-training of 4 passes": variation(studies, pretrain_epochs=4),
+        "pre-training of 24 passes": variation(studies, pretrain_epochs=24),
+        "18,000 users to pre-train on": variation(studies, pretrain_users=18_000),
+        "gradients cut at 50": variation(studies, max_grad_norm=50.0),
+    }
+    settings = [arm for _, arm in main.runs if arm.startswith("adagrpo,")]
+    drawn = [arm for _, arm in main.runs if "draws" in arm]
+    settings = sorted(set(settings) - set(drawn))
+    drawn = sorted(set(drawn))
+    gates = ["mix-0.1", "mix-0.3", "mix-1", "random", "level-3.2", "adagrpo"]
+    return {
+        "short": arms_table(main, SHORT),
+        "claims": claims_table(main),
+        "arms": arms_table(main, ARMS),
+        "leads": leads_table(main, "adagrpo", ARMS),
+        "valid": valid_table(main, SHORT),
+        "strata": groups_table(main, exposure, STRATA),
+        "kinds": kinds_table(main, ARMS),
+        "premise": premise_table(main),
+        "rankers": rankers_table(rankers, ["mix-0.3", "mix-1", "random", "adagrpo"]),
+        "worlds": variations_table(worlds, gates),
+        "settings": arms_table(main, ["nll", "adagrpo", *settings]),
+        "drawn": arms_table(main, ["nll", *drawn]),
+        "training": training_table(main, [*ARMS, *settings, *drawn]),
+        "development": development_table(development),
+        "seeds": seeds_table(main, SHORT),
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="RESULTS.md from records of study.py.")
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    parser.add_argument("--results", type=Path, default=HERE.parent / "RESULTS.md")
+    parser.add_argument("--picture", type=Path, help="SVG; needs matplotlib")
+    options = parser.parse_args(argv)
+
+    study, variations, development = read(options.files)
+    tables = tables_of(study, variations, development)
+    text = (HERE / "words.md").read_text(encoding="utf-8")
+    for name, lines in tables.items():
+        text = text.replace(f"{{{name}}}", lines)
+    options.results.write_text(text, encoding="utf-8")
+    print(tables["claims"])
+    print(tables["arms"])
+    if options.picture:
+        draw(study, SHORT, options.picture)
+
+
+if __name__ == "__main__":
+    main()

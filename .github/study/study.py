@@ -24,7 +24,8 @@ user has are drawn again), and the difficulty is the share of misses:
 adagrpo-2,draws=8,min_difficulty=0.9.
 
 The options --bias, --pretrain_epochs, --ranker_epochs, --group, ... are the settings of
-adagrpo.py; --slates, --ranker, --season_correlation, --max_grad_norm change the world.
+adagrpo.py; --slates, --pretrain_users, --ranker, --season_correlation, --max_grad_norm
+change the world.
 --validation skips the test users: to tune. A record is {seed, arm, world, figures};
 figures are {group of test users: {metric: value}} in percent (dwell in seconds). It is
 saved when its arm ends. What the file holds is not run again, so a run that was stopped
@@ -38,7 +39,7 @@ import copy
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -52,8 +53,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import adagrpo
 import toy_data
-from adagrpo import Config, Gate, Policy, Ranker, Rule, Scored
+from adagrpo import Config, Gate, Policy, Ranker, Scored
 from toy_data import Shop, Split
+
+Rule = Callable[[Gate], Tensor]
 
 LEVEL = 0.1  # in the unit of the ranker's scores
 SPREAD = 0.1
@@ -367,6 +370,7 @@ def prepare(config: Config, world: dict) -> tuple[Shop, Policy, Ranker]:
     """A seed's shop, pre-trained policy and ranker."""
     sizes = {"posttrain": config.users, "feed": world["slates"]}
     sizes |= {"test": TEST_USERS, "validation": VALIDATION_USERS}
+    sizes |= {"pretrain": world["pretrain_users"]}
     correlation = world["season_correlation"]
     with mock.patch.object(toy_data, "SEASON_CORRELATION", correlation):
         shop = toy_data.make_shop(config.seed, config.bias, sizes)
@@ -447,6 +451,12 @@ def hr_by_table(lists: Lists, table: np.ndarray, w: float) -> np.ndarray:
     return np.take_along_axis(lists.hit, order, axis=1)[:, :10].any(1)
 
 
+def hr_of_items(lists: Lists) -> np.ndarray:
+    """HR@10 (N,) if IDs that name no item are dropped from the lists."""
+    order = np.argsort(lists.items < 0, axis=1, kind="stable")
+    return np.take_along_axis(lists.hit, order, axis=1)[:, :10].any(1)
+
+
 def third_of(values: np.ndarray) -> np.ndarray:
     """(N,) -> 0 for the lowest third of the values, 1 for the middle one, 2 above."""
     return np.searchsorted(np.quantile(values, [1 / 3, 2 / 3]), values)
@@ -485,6 +495,7 @@ def figures_of(
         "hr@10": test.metrics["hr@10, w=0"],
         "hr@10 fused": test.metrics[f"hr@10, w={w}"],
         "hr@10 table": hr_by_table(test, table, table_w),
+        "hr@10 valid": hr_of_items(test),
         "recall@32": test.hit.any(1),
     }
     for name in ("ndcg@10", "hallucination", "hard", "clear", "admit"):
@@ -581,6 +592,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--out", type=Path, required=True, help="file of results, to resume")
     add("--validation", action="store_true", help="no test users")
     add("--slates", type=int, default=toy_data.SIZES["feed"], help="of the feed")
+    add("--pretrain_users", type=int, default=toy_data.SIZES["pretrain"])
     add("--ranker", choices=RANKERS, default=RANKERS[0])
     add("--season_correlation", type=float, default=toy_data.SEASON_CORRELATION)
     add("--max_grad_norm", type=float, default=adagrpo.MAX_GRAD_NORM)
