@@ -5,21 +5,23 @@ A user has a taste, an item has a place in the same space, and both meet in one 
 
     appeal = taste . embedding of the item + quality of the item
 
-People buy items of high appeal, no item twice, and click them where a feed shows them.
-So two logs come out, as in a real shop, both of the same 6,000 people. The policy is
-pre-trained on all that they bought last season. The ranker learns from what the feed
-has shown them since, two million items: those they clicked AND those they did not. That
-is all it has beyond the policy: clicks, non-clicks, and a fresher date.
+People buy items of high appeal, no item twice: nine last season, the tenth this season.
+6,000 of them, the viewers, have bought nothing yet this season, but a feed has shown
+them 200,000 slates (lists of ten items), and they click items of high appeal there.
 
-Post-training, validation and test are of other people. Their histories, too, are of
-last season, and only their target, the next purchase, is of this one. No noise is added
-to a score: the ranker errs because of what the feed does NOT show, and because clicks
-have no order (and people look less far down a slate). Users are of three kinds,
-recognisable from their history:
+The policy learns from everything that was bought: last season's purchases of all whom
+the shop knows, in pre-training, and the tenth purchase of 1,200 others, the target of
+post-training. The ranker learns from what the viewers clicked AND from what they did
+not. This is all that it has beyond the policy: clicks, non-clicks, and a fresher date.
+Validation and test are of people whom the shop did not know before.
+
+No noise is added to a score: the ranker errs because of what the feed does NOT show,
+and because clicks have no order (and people look less far down a slate). Users are of
+three kinds, recognisable from their history:
 
   trend   The feed shows their items, and the policy is unsure: it has seen too few
-          purchases, most of them of last season, to know which of many items are good.
-          The ranker knows: listen to it.
+          purchases of this season to know which of many items are good now. The
+          ranker knows: listen to it.
   series  They buy roughly in the order of the item numbers, like volumes: neighbours
           often swap, but the last one bought, the target, is likely to have a high
           number. Purchases hold this order, so the policy knows it and finds these
@@ -36,13 +38,14 @@ development seeds, until both conditions of the gate had something to do.
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.random import Generator
 
 ITEMS = 1000
-HISTORY = 8  # purchases before the target
+HISTORY = 9  # purchases of last season; the target comes after them
 SLATE = 10  # items that the feed shows at once
 SIZES = {
     "feed": 200_000,  # slates; all others are numbers of users
-    "pretrain": 6_000,
+    "viewers": 6_000,
     "posttrain": 1_200,
     "validation": 2_000,
     "test": 4_000,
@@ -53,6 +56,7 @@ CATEGORIES = 16
 SUBCATEGORIES = 8  # in each category
 SLOTS = 64  # in each sub-category
 KINDS = ("trend", "series", "niche")
+NEVER = -60.0  # the logit of what a user has, where others are some -10 to 30
 CATEGORY_KIND = ["niche"] * 3 + ["series"] * 3 + ["trend"] * 10  # 10 of 16 are trend
 
 
@@ -60,7 +64,7 @@ CATEGORY_KIND = ["niche"] * 3 + ["series"] * 3 + ["trend"] * 10  # 10 of 16 are 
 class Split:
     """N users. Fill short histories from the left with an item that is no target."""
 
-    history: np.ndarray  # (N, H) item numbers, oldest first
+    history: np.ndarray  # (N, K) item numbers, oldest first
     target: np.ndarray  # (N,) the item that was bought next
     kind: np.ndarray  # (N,) index into Shop.kinds; used for tables only, never to train
 
@@ -77,11 +81,11 @@ class Shop:
 
     tokens: np.ndarray  # (items, L) semantic ID of every item
     kinds: tuple[str, ...]  # names of the kinds of user
-    pretrain: Split  # last season's purchases, with the target
-    posttrain: Split  # here and below the target is this season's
+    pretrain: Split  # of last season, the target too; the policy reads this length, H
+    posttrain: Split  # here and below only the target is of this season
     validation: Split
     test: Split
-    feed_history: np.ndarray  # (M, H) the first H purchases of each slate's viewer
+    feed_history: np.ndarray  # (M, K) what the viewer of each slate had bought
     shown: np.ndarray  # (M, S) the items on it
     clicked: np.ndarray  # (M, S) bool
 
@@ -96,9 +100,7 @@ class Catalogue:
     centre: np.ndarray  # (CATEGORIES, TASTE_DIM)
 
 
-def draw_without_replacement(
-    rng: np.random.Generator, logits: np.ndarray, k: int
-) -> np.ndarray:
+def draw_without_replacement(rng: Generator, logits: np.ndarray, k: int) -> np.ndarray:
     """Draw k different items per row from softmax(logits), in the order of the draws.
 
     logits (N, items) -> item numbers (N, k), by the Gumbel top-k trick (Kool et al.,
@@ -126,7 +128,7 @@ def to_length_one(vectors: np.ndarray) -> np.ndarray:
     return (vectors / length).astype(np.float32)
 
 
-def make_catalogue(rng: np.random.Generator) -> Catalogue:
+def make_catalogue(rng: Generator) -> Catalogue:
     """Sub-categories lie around a category's centre, and items around those."""
     centre = rng.normal(size=(CATEGORIES, TASTE_DIM))
     is_niche = np.array(CATEGORY_KIND) == "niche"
@@ -157,7 +159,7 @@ def make_catalogue(rng: np.random.Generator) -> Catalogue:
 
 
 def make_qualities(
-    rng: np.random.Generator, catalogue: Catalogue
+    rng: Generator, catalogue: Catalogue
 ) -> tuple[np.ndarray, np.ndarray]:
     """How good each item is in either season, (ITEMS,) each; only trend items change."""
     spread = np.array([QUALITY_SPREAD[kind] for kind in catalogue.kind])
@@ -177,11 +179,11 @@ ORDER_NOISE = 15.0
 
 
 def make_users(
-    rng: np.random.Generator,
+    rng: Generator,
     users: int,
     catalogue: Catalogue,
-    history_quality: np.ndarray,  # of its season, (ITEMS,)
-    target_quality: np.ndarray,
+    last_season: np.ndarray,  # quality, (ITEMS,)
+    this_season: np.ndarray,
 ) -> tuple[Split, np.ndarray]:
     """Users with a home category: what they bought, and their tastes (users, D)."""
     home = rng.integers(CATEGORIES, size=users)
@@ -193,12 +195,12 @@ def make_users(
     liking = taste @ catalogue.embedding.T  # (users, ITEMS)
     is_at_home = home[:, None] == catalogue.tokens[:, 0]
     liking[is_series[:, None] & is_at_home] += HOME_BONUS
-    logits = SHARPNESS * (liking + history_quality)
+    logits = SHARPNESS * (liking + last_season)
     history = draw_without_replacement(rng, logits, HISTORY)
 
-    # The ninth purchase is drawn from what is left.
-    logits = SHARPNESS * (liking + target_quality)
-    np.put_along_axis(logits, history, -np.inf, axis=1)
+    # One more purchase, this season, of what is left.
+    logits = SHARPNESS * (liking + this_season)
+    np.put_along_axis(logits, history, NEVER, axis=1)
     target = draw_without_replacement(rng, logits, 1)
     bought = np.concatenate([history, target], axis=1)
 
@@ -224,18 +226,15 @@ def click_probability(appeal: np.ndarray) -> np.ndarray:
 
 
 def show_feed(
-    rng: np.random.Generator,
+    rng: Generator,
     slates: int,
     bias: float,
-    taste: np.ndarray,
-    bought: np.ndarray,
+    viewers: Split,
+    taste: np.ndarray,  # of the viewers, (users, D)
     catalogue: Catalogue,
     quality: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Show slates to users: their tastes (users, D), what they have bought (users, K).
-
-    Returns who saw each slate (M,), the items on it (M, S) and the clicks (M, S).
-    """
+) -> tuple[np.ndarray, ...]:
+    """Returns who saw each slate (M,), its items and its clicks (M, S each)."""
     popularity = POPULARITY_SPREAD * rng.normal(size=ITEMS)
     is_niche = catalogue.kind == "niche"
     is_hidden = is_niche & (rng.random(ITEMS) >= SHOWN_NICHE)
@@ -248,21 +247,18 @@ def show_feed(
     shown = []
     clicked = []
     for start in range(0, slates, 4096):
-        viewers = viewer[start : start + 4096]
-        liking = taste[viewers] @ catalogue.embedding.T
+        row = viewer[start : start + 4096]
+        liking = taste[row] @ catalogue.embedding.T
         logits = FEED_TASTE * liking + popularity.astype(np.float32)
-        np.put_along_axis(logits, bought[viewers], -np.inf, axis=1)  # they have these
+        np.put_along_axis(logits, viewers.history[row], NEVER, axis=1)
         slate = draw_without_replacement(rng, logits, SLATE)
         appeal = np.take_along_axis(liking, slate, axis=1) + quality[slate]
-        clicks = rng.random(slate.shape) < p_look * click_probability(appeal)
         shown.append(slate)
-        clicked.append(clicks)
+        clicked.append(rng.random(slate.shape) < p_look * click_probability(appeal))
     return viewer, np.concatenate(shown), np.concatenate(clicked)
 
 
-def make_shop(
-    seed: int, bias: float = 1.0, sizes: dict[str, int] | None = None
-) -> Shop:
+def make_shop(seed: int, bias: float = 1.0, sizes: dict | None = None) -> Shop:
     """Simulate the shop; nobody is in two splits. `sizes` replaces numbers in SIZES.
 
     `bias` >= 0 scales popularity and hiding: at 0 the feed shows items by taste alone.
@@ -275,26 +271,28 @@ def make_shop(
 
     catalogue = make_catalogue(rng["catalogue"])
     last_season, this_season = make_qualities(rng["catalogue"], catalogue)
-    pretrain, taste = make_users(
-        rng["pretrain"], sizes["pretrain"], catalogue, last_season, last_season
-    )
     splits = {}
-    for name in ("posttrain", "validation", "test"):
-        splits[name], _ = make_users(
+    taste = {}
+    for name in ("viewers", "posttrain", "validation", "test"):
+        splits[name], taste[name] = make_users(
             rng[name], sizes[name], catalogue, last_season, this_season
         )
 
-    # One population: the feed is shown to the users of the pre-training.
-    bought = np.column_stack([pretrain.history, pretrain.target])
+    viewers = splits.pop("viewers")
+    tastes = taste["viewers"]
     viewer, shown, clicked = show_feed(
-        rng["feed"], sizes["feed"], bias, taste, bought, catalogue, this_season
+        rng["feed"], sizes["feed"], bias, viewers, tastes, catalogue, this_season
     )
+
+    # The policy is pre-trained on all that the shop knows of last season.
+    old = np.concatenate([viewers.history, splits["posttrain"].history])
+    kind = np.concatenate([viewers.kind, splits["posttrain"].kind])
     return Shop(
         tokens=catalogue.tokens,
         kinds=KINDS,
-        pretrain=pretrain,
+        pretrain=Split(old[:, :-1], old[:, -1], kind),
         **splits,
-        feed_history=pretrain.history[viewer],
+        feed_history=viewers.history[viewer],
         shown=shown,
         clicked=clicked,
     )

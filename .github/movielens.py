@@ -288,7 +288,7 @@ RULES = {
 }
 # And two that a rule cannot say, because a rule sees the gate alone.
 TERMS = {
-    "level": partial(level, threshold=0.5, weight=5.0),
+    "level": partial(level, threshold=0.6, weight=5.0),
     "distil": partial(distil, w=2.0, weight=1.0),
 }
 

@@ -26,22 +26,17 @@ def main() -> None:
     torch.set_num_threads(1)
     config = replace(adagrpo.Config(), users=8 * STEPS, epochs=1)
     shop = make_shop(0, sizes={"posttrain": config.users, "pretrain": 1, "feed": 1})
-    policy = adagrpo.Policy(shop.tokens, shop.test.history.shape[1])
-    ranker = adagrpo.Ranker(len(shop.tokens))
-    rule, weight = adagrpo.make_arms(config)["adagrpo"]
-    arms = {
-        "nll": (None, config),
-        "adagrpo, beams": (rule, config),
-        "adagrpo, draws": (rule, replace(config, decode="sample")),
-    }
+    tokens = torch.as_tensor(shop.tokens)
+    policy = adagrpo.Policy(tokens, shop.test.history.shape[1])
+    ranker = adagrpo.Ranker(len(tokens))
+    arms = adagrpo.make_arms(config)
 
-    seconds = {name: [] for name in arms}
+    seconds = {"nll": [], "adagrpo": []}
     for _ in tqdm(range(TURNS), leave=False, disable=None):
-        for name, (rule, settings) in arms.items():
+        for name, times in seconds.items():
             start = time.perf_counter()
-            split = shop.posttrain
-            adagrpo.post_train(policy, ranker, split, rule, weight, settings)
-            seconds[name].append((time.perf_counter() - start) / STEPS)
+            adagrpo.post_train(policy, ranker, shop.posttrain, *arms[name], config)
+            times.append((time.perf_counter() - start) / STEPS)
 
     base = statistics.median(seconds["nll"])
     print(
@@ -49,7 +44,7 @@ def main() -> None:
     )
     for name, times in seconds.items():
         median = statistics.median(times)
-        print(f"{name:<16}{1000 * median:7.1f} ms {median / base:6.2f} NLL steps")
+        print(f"{name:<10}{1000 * median:7.1f} ms {median / base:6.2f} NLL steps")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ DEVELOPMENT = range(5)
 
 DEFAULTS = {
     "slates": toy_data.SIZES["feed"],
-    "pretrain_users": toy_data.SIZES["pretrain"],
+    "viewers": toy_data.SIZES["viewers"],
     "ranker": "clicks",
     "season_correlation": toy_data.SEASON_CORRELATION,
     "max_grad_norm": MAX_GRAD_NORM,
@@ -442,7 +442,7 @@ def tables_of(
         "season correlation 1": variation(studies, season_correlation=1.0),
         "pre-training of 4 passes": variation(studies, pretrain_epochs=4),
         "pre-training of 24 passes": variation(studies, pretrain_epochs=24),
-        "18,000 users to pre-train on": variation(studies, pretrain_users=18_000),
+        "18,000 viewers": variation(studies, viewers=18_000),
         "gradients cut at 50": variation(studies, max_grad_norm=50.0),
     }
     settings = [arm for _, arm in main.runs if arm.startswith("adagrpo,")]

@@ -24,7 +24,7 @@ user has are drawn again), and the difficulty is the share of misses:
 adagrpo-2,draws=8,min_difficulty=0.9.
 
 The options --bias, --pretrain_epochs, --ranker_epochs, --group, ... are the settings of
-adagrpo.py; --slates, --pretrain_users, --ranker, --season_correlation, --max_grad_norm
+adagrpo.py; --slates, --viewers, --ranker, --season_correlation, --max_grad_norm
 change the world.
 --validation skips the test users: to tune. A record is {seed, arm, world, figures};
 figures are {group of test users: {metric: value}} in percent (dwell in seconds). It is
@@ -298,6 +298,7 @@ def learn_whole(policy: Policy, shop: Shop, config: Config) -> None:
     torch.manual_seed(config.seed)
     split = shop.posttrain
     purchases = np.column_stack([split.history, split.target])
+    purchases = purchases[:, -policy.history_length - 1 :]  # what the policy can read
     sequences = policy.item_tokens[purchases].flatten(1)
     batches = adagrpo.shuffled_batches(len(sequences), config.batch, config.epochs)
     optimizer = adagrpo.Optimizer(policy, config.lr, len(batches))
@@ -370,7 +371,7 @@ def prepare(config: Config, world: dict) -> tuple[Shop, Policy, Ranker]:
     """A seed's shop, pre-trained policy and ranker."""
     sizes = {"posttrain": config.users, "feed": world["slates"]}
     sizes |= {"test": TEST_USERS, "validation": VALIDATION_USERS}
-    sizes |= {"pretrain": world["pretrain_users"]}
+    sizes |= {"viewers": world["viewers"]}
     correlation = world["season_correlation"]
     with mock.patch.object(toy_data, "SEASON_CORRELATION", correlation):
         shop = toy_data.make_shop(config.seed, config.bias, sizes)
@@ -592,7 +593,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--out", type=Path, required=True, help="file of results, to resume")
     add("--validation", action="store_true", help="no test users")
     add("--slates", type=int, default=toy_data.SIZES["feed"], help="of the feed")
-    add("--pretrain_users", type=int, default=toy_data.SIZES["pretrain"])
+    add("--viewers", type=int, default=toy_data.SIZES["viewers"])
     add("--ranker", choices=RANKERS, default=RANKERS[0])
     add("--season_correlation", type=float, default=toy_data.SEASON_CORRELATION)
     add("--max_grad_norm", type=float, default=adagrpo.MAX_GRAD_NORM)
