@@ -150,10 +150,10 @@ def grpo_loss(
 def adagrpo_loss(nll: Tensor, grpo: Tensor, admit: Tensor, weight: float) -> Tensor:
     """Eq. (7): nll (B,), grpo (B,), admit (B,) bool -> a scalar.
 
-    GRPO teaches the RANKER'S order of the group. The true item, which most admitted
-    groups lack, only decides whether to listen. The mean is over all B samples, so GRPO
-    counts with weight * admission rate, its dose. The NLL is a SUM over the item's L
-    tokens, like logp in GRPO. Source: the paper's idea; weight and denominator ours.
+    GRPO teaches the RANKER'S order of the group. The true item, which half of the
+    admitted groups lack, only decides whether to listen. The mean is over all samples,
+    so GRPO counts with weight * admission rate, its dose. The NLL is a SUM over the
+    item's L tokens, like logp. Source: the paper's idea; weight and denominator ours.
     """
     return (nll + weight * torch.where(admit, grpo, 0.0)).mean()
 

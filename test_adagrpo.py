@@ -453,14 +453,6 @@ def test_beams_are_exact_where_no_prefix_is_dropped():
         assert tokens[b].tolist() == every_item()[best.indices].tolist()
 
 
-def test_more_beams_than_ids_are_all_ids():
-    policy = tiny_policy()
-    tokens, logp = adagrpo.rollout(policy, prompts_of(policy, 2), 1000)
-    for b in range(2):
-        assert sorted(tokens[b].tolist()) == every_item().tolist()
-        assert logp[b].exp().sum().item() == pytest.approx(1, abs=1e-5)
-
-
 def test_a_catalogue_where_two_items_have_one_id_is_refused():
     with pytest.raises(ValueError, match="item_tokens.* same ID"):
         Policy(torch.tensor([[0, 1], [1, 0], [0, 1]]), history_length=2)
@@ -1080,9 +1072,10 @@ def test_clicks_are_looks_times_the_click_probability():
     catalogue = toy_data.make_catalogue(rng)
     quality, _ = toy_data.make_qualities(rng, catalogue)
     taste = toy_data.to_length_one(rng.normal(size=(500, toy_data.TASTE_DIM)))
-    bought = np.zeros((500, 1), dtype=int)
+    none = np.zeros(500, dtype=int)
+    users = Split(none[:, None], none, none)
     viewer, shown, clicked = toy_data.show_feed(
-        rng, 20_000, 1.0, taste, bought, catalogue, quality
+        rng, 20_000, 1.0, users, taste, catalogue, quality
     )
     for place in range(toy_data.SLATE):
         items = shown[:, place]
@@ -1119,8 +1112,8 @@ def test_every_history_is_of_last_season_and_only_later_targets_and_clicks_of_th
 
     def seasons(items: np.ndarray) -> list[bool]:
         items = items[catalogue.kind[items] == "trend"]
-        assert len(items) > 50
-        return [(x[items].mean() > 0.08) for x in (last - this / 2, this - last / 2)]
+        assert len(items) > 30
+        return [x[items].mean() > 0.08 for x in (last - this / 2, this - last / 2)]
 
     for name in SPLITS:
         split = getattr(shop, name)

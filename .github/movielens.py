@@ -374,9 +374,8 @@ def run_seed(shop: SimpleNamespace, config: Config, arms: list, out: Path) -> No
         record["validation"] = adagrpo.percent(validation["hr@10, w=0"])
         with out.open("ab", buffering=0) as file:  # one write: lines stay whole
             file.write(json.dumps(record).encode() + b"\n")
-        print(
-            config.seed, arm, f"HR@10 {hits_of(record, 'alone').mean():.2f}", flush=True
-        )
+        hr = hits_of(record, "alone").mean()
+        print(config.seed, arm, f"HR@10 {hr:.2f}", flush=True)
 
 
 def read_records(path: Path) -> dict[str, dict[int, dict]]:

@@ -183,8 +183,7 @@ def test_a_blind_segment_leaves_the_yes_to_the_others(N):
     scores["group_feed"] = np.where(sees, "shown", "hidden")
     text = diagnose.report(scores)
     assert notes(text) == []
-    assert answer(text) == "Yes"
-    assert "feed shown +" in last_line(text)
+    assert "Yes: " in text and "feed shown +" in last_line(text)
     assert "feed hidden" not in last_line(text)
 
 
@@ -254,13 +253,6 @@ def test_interval_by_hand():
     mean, error = diagnose.interval(change, np.array([7, 7, 7, 2, 2, 2]), 1.0)
     assert mean == 0.5
     assert error == pytest.approx(np.sqrt(2 * 1.5**2 + 4 * 3**2) / 6)
-
-
-def test_no_change_leaves_as_much_room_as_the_exact_interval():
-    for N in (10, 300, 6000):
-        _, error = diagnose.interval(np.zeros(N), np.arange(N))
-        exact = 1 - 0.025 ** (1 / N)  # so many gains are missed in one of forty sets
-        assert exact < error < 1.3 * exact
 
 
 def test_the_interval_holds_the_truth_of_rare_changes():
@@ -418,9 +410,8 @@ def test_padding_counts_for_nothing():
 def slow_found(scores, sort_by, k):
     found = []
     for hit, valid, row in zip(scores["hit"], scores["valid"], sort_by):
-        places = [place for place in range(len(hit)) if valid[place]]
-        places.sort(key=lambda place: -row[place])  # Python's sort is stable
-        found.append(any(hit[place] for place in places[:k]))
+        places = sorted(np.flatnonzero(valid), key=lambda place: -row[place])  # stable
+        found.append(hit[places[:k]].any())
     return np.array(found)
 
 
@@ -441,42 +432,31 @@ def slow_fused(scores, k, mask):
         levels = {nats: found[nats][mask & (half == side)].sum() for nats in found}
         best[side] = max(levels, key=levels.get)
     change = []
-    for row in range(len(half)):
-        nats = best[1 - half[row]]
-        change.append(mask[row] * (float(found[nats][row]) - float(found[0][row])))
+    for row in np.flatnonzero(mask):
+        nats = best[1 - half[row]]  # of the other half
+        change.append(float(found[nats][row]) - float(found[0][row]))
     return np.array(change), best
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5, 3.0])
 @pytest.mark.parametrize("k", [1, 5])
-def test_orders_against_a_slow_loop(share, k):
-    scores = shop(NLL, {"clicks": share, "noise": 0.5}, N=201, seed=k)
-    scores["rewards"] = np.round(scores["rewards"], 1)  # ties
-    scores["target_reward"] = np.round(scores["target_reward"], 1)
-    scores = diagnose.prepare(scores)
-    by_weight = diagnose.found_by_weight(scores, k)
-    np.testing.assert_array_equal(by_weight[0], slow_found(scores, scores["logp"], k))
-    for mask in (np.ones(201, dtype=bool), np.arange(201) % 3 > 0):
-        expected, _ = slow_fused(scores, k, mask)
-        change = diagnose.fused_change(by_weight, scores["user"], mask)
-        np.testing.assert_array_equal(change, expected[mask])
-
-
-def test_each_half_is_judged_with_the_weight_of_the_other():
-    # Seeds where the halves choose differently, or the test above could not tell.
+def test_fused_change_against_a_slow_loop(k):
     chosen = []
-    everybody = np.ones(120, dtype=bool)
-    for seed in range(10):
-        scores = diagnose.prepare(shop(NLL, {"clicks": 1, "noise": 1}, 120, seed))
-        expected, best = slow_fused(scores, 5, everybody)
-        by_weight = diagnose.found_by_weight(scores, 5)
-        change = diagnose.fused_change(by_weight, scores["user"], everybody)
-        np.testing.assert_array_equal(change, expected)
-        chosen.append(best[0] != best[1])
-    assert sum(chosen) > 3
+    for seed in range(8):
+        scores = shop(NLL, {"clicks": 1, "noise": 1}, N=120, seed=seed)
+        scores["rewards"] = np.round(scores["rewards"], 1)  # ties
+        scores = diagnose.prepare(scores)
+        by_weight = diagnose.found_by_weight(scores, k)
+        alone = slow_found(scores, scores["logp"], k)
+        np.testing.assert_array_equal(by_weight[0], alone)
+        for mask in (np.ones(120, dtype=bool), np.arange(120) % 3 > 0):
+            expected, best = slow_fused(scores, k, mask)
+            change = diagnose.fused_change(by_weight, scores["user"], mask)
+            np.testing.assert_array_equal(change, expected)
+            chosen.append(best[0] != best[1])
+    assert sum(chosen) > 3  # or the halves could be confused
 
 
-def test_halves_are_of_users_and_alike_in_size():
+def test_halves_are_of_users():
     user = np.random.default_rng(0).integers(300, size=900)
     half = diagnose.halves(user)
     sides = [set(user[half == side]) for side in (0, 1)]
@@ -492,22 +472,14 @@ def test_the_control_against_a_slow_loop():
     half = diagnose.halves(scores["user"])
     control, share = diagnose.without_user(scores)
     known = []
-    for row in range(90):
-        for column in range(8):
-            if not scores["valid"][row, column]:
-                continue
-            item = scores["items"][row, column]
-            others = []
-            for other in np.flatnonzero(half != half[row]):
-                for place in range(8):
-                    same = scores["items"][other, place] == item
-                    if same and scores["valid"][other, place]:
-                        others.append(scores["rewards"][other, place])
-            known.append(len(others) > 0)
-            expected = scores["rewards"][row, column]
-            if others:
-                expected = np.mean(others)
-            assert control[row, column] == pytest.approx(expected)
+    for row, column in np.argwhere(scores["valid"]):
+        same = scores["items"] == scores["items"][row, column]
+        others = same & scores["valid"] & (half != half[row])[:, None]
+        known.append(others.any())
+        expected = scores["rewards"][row, column]
+        if others.any():
+            expected = scores["rewards"][others].mean()
+        assert control[row, column] == pytest.approx(expected)
     assert share == pytest.approx(np.mean(known))
     assert 0.5 < share < 1
 
@@ -542,31 +514,20 @@ def test_auc_of_ranker_and_policy_against_a_slow_loop():
     ranker = []
     policy = []
     for row in range(200):
-        wins = []
-        behind = []
-        is_behind = False
-        for column in range(24):
-            if scores["hit"][row, column]:
-                is_behind = True
-            elif scores["valid"][row, column]:
-                reward = scores["rewards"][row, column]
-                target_reward = scores["target_reward"][row]
-                is_less = float(reward < target_reward)
-                wins.append(is_less + 0.5 * (reward == target_reward))
-                behind.append(is_behind)
-        if wins:
-            ranker.append(np.mean(wins))
-            policy.append(np.mean(behind))
+        negative = np.flatnonzero(scores["valid"][row] & ~scores["hit"][row])
+        if len(negative) == 0:
+            continue
+        rewards = scores["rewards"][row, negative]
+        target_reward = scores["target_reward"][row]
+        wins = (rewards < target_reward) + 0.5 * (rewards == target_reward)
+        ranker.append(100 * wins.mean())
+        place = 24
+        if scores["hit"][row].any():
+            place = scores["hit"][row].argmax()
+        policy.append(100 * (negative > place).mean())
     assert len(ranker) == 199
     for title, values in (("AUC-ranker", ranker), ("AUC-policy", policy)):
-        assert cell(text, "all", title) == pytest.approx(
-            100 * np.mean(values), abs=0.051
-        )
-
-
-def test_a_ranker_that_knows_what_the_policy_knows_has_its_auc():
-    text = diagnose.report(shop(NLL, NLL, N=3000))
-    assert cell(text, "all", "AUC-ranker") == cell(text, "all", "AUC-policy") < 45
+        assert cell(text, "all", title) == pytest.approx(np.mean(values), abs=0.051)
 
 
 @pytest.mark.parametrize("drawn", [False, True])
@@ -576,12 +537,9 @@ def test_the_gate_by_hand(drawn):
     ahead[~scores["hit"].any(1)] = 1
     if drawn:
         ahead = 1 - scores["hit"].mean(1)
-    lead = []
-    for row in range(400):
-        negative = scores["valid"][row] & ~scores["hit"][row]
-        mean = scores["rewards"][row, negative].mean()
-        lead.append(scores["target_reward"][row] - mean)
-    lead = np.array(lead)
+    negative = scores["valid"] & ~scores["hit"]
+    means = [scores["rewards"][row, negative[row]].mean() for row in range(400)]
+    lead = scores["target_reward"] - np.array(means)
     text = diagnose.report(scores, 0.5, 0.05, drawn=drawn)
     clear = 100 * (lead >= 0.05).mean()
     admitted = 100 * ((ahead >= 0.5) & (lead >= 0.05)).mean()
@@ -628,19 +586,6 @@ def test_numbers_are_cut_in_thirds_and_names_are_names():
     # Ten samples of nine users show nothing.
     scores["user"] = np.maximum(row, 1)
     assert "kind tiny" not in diagnose.report(scores)
-
-
-def test_the_printed_interval_is_1_96_standard_errors():
-    scores = shop(N=900)
-    prepared = diagnose.prepare(scores)
-    mask = scores["group_home"] == "south"
-    by_weight = diagnose.found_by_weight(prepared, 10)
-    change = 100 * diagnose.fused_change(by_weight, np.arange(900), mask)
-    n = len(change)
-    error = 1.96 * np.sqrt(n * change.var() + 4 * 100**2) / n
-    text = diagnose.report(scores)
-    assert cell(text, "home south", "fused") == pytest.approx(change.mean(), abs=0.051)
-    assert cell(text, "home south", "+-") == pytest.approx(error, abs=0.051)
 
 
 def test_long_names_keep_their_ends_and_the_last_line_all():
@@ -704,17 +649,14 @@ def test_drawn_groups_have_no_order():
 
 def test_other_types_do_and_nothing_given_is_changed():
     scores = shop(NLL, {"clicks": 3}, N=900)
-    scores["rewards"] = np.round(64 * scores["rewards"]).astype(np.uint8)
-    scores["target_reward"] = np.round(64 * scores["target_reward"]).astype(np.int16)
+    scores["rewards"] = np.round(64 * scores["rewards"])
+    scores["target_reward"] = np.round(64 * scores["target_reward"])
     scores["logp"] = scores["logp"].astype(np.float16)
     text = diagnose.report(scores)
-    for name in ("rewards", "target_reward", "logp"):
-        scores[name] = scores[name].astype(np.float64)
-    assert diagnose.report(scores) == text
-    scores["hit"] = scores["hit"].astype(np.uint8)
-    scores["valid"] = scores["valid"].astype(float)
-    for name in ("items", "target_item"):
-        scores[name] = scores[name].astype(str)
+    types = {"rewards": np.uint8, "target_reward": np.int16, "logp": np.float64}
+    types |= {"hit": np.uint8, "valid": float, "items": str, "target_item": str}
+    for name, kind in types.items():
+        scores[name] = scores[name].astype(kind)
     copies = {name: array.copy() for name, array in scores.items()}
     assert diagnose.report(scores) == text
     for name, array in copies.items():
@@ -800,31 +742,17 @@ def test_a_column_of_pandas_gets_a_remedy(tmp_path, capsys):
 def test_k_must_be_less_than_the_group(k):
     with pytest.raises(ValueError, match="k: expected 1 to 23"):
         diagnose.report(small(), k=k)
-    assert "no verdict" in diagnose.report(small(), k=k, drawn=True)
+    assert answer(diagnose.report(small(), k=k, drawn=True)) == "Undecided"
 
 
-def test_the_command_prints_the_report_of_its_options(tmp_path):
+@pytest.mark.parametrize("options", [[], ["--drawn"]])
+def test_the_command_prints_the_report_of_its_options(options, tmp_path, capsys):
     scores = shop(N=300)
     np.savez(tmp_path / "scores.npz", **scores)
-    command = [sys.executable, diagnose.__file__, str(tmp_path / "scores.npz")]
-    command += ["--min-difficulty", "0.5", "--min-discriminability", "0.1"]
-    command += ["--k", "5", "--gain", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stderr == ""
-    assert done.stdout == diagnose.report(scores, 0.5, 0.1, 5, 2) + "\n"
-    assert done.stdout != diagnose.report(scores) + "\n"
-
-
-def test_help_explains_every_array_column_and_answer(capsys):
-    with pytest.raises(SystemExit):
-        diagnose.main(["--help"])
-    text = capsys.readouterr().out
-    for name in diagnose.ARRAYS:
-        assert f"\n  {name} " in text
-    for title in ("HR@k", "AUC-policy", "AUC-ranker", "clear", "admitted", "fused"):
-        assert f"\n  {title} " in text
-    for title in ("control ", "Yes: ", "No: ", "Undecided: "):
-        assert f"\n  {title} " in text
+    argv = [str(tmp_path / "scores.npz"), "--min-difficulty", "0.5", "--k", "5"]
+    diagnose.main([*argv, "--min-discriminability", "0.1", "--gain", "2", *options])
+    text = diagnose.report(scores, 0.5, 0.1, 5, 2, drawn="--drawn" in options)
+    assert capsys.readouterr().out == text + "\n"
 
 
 # --------------------------------------------------------------------------- the toy's
@@ -833,7 +761,7 @@ def test_help_explains_every_array_column_and_answer(capsys):
 def test_the_example_of_the_docstring_runs_as_it_stands(tmp_path, capsys):
     lines = diagnose.__doc__.splitlines()
     start = lines.index("    import numpy as np")
-    end = lines.index("    )", start)
+    end = lines.index('    np.savez("scores.npz", **scores)')
     example = dedent("\n".join(lines[start : end + 1]))
 
     # A smaller shop and a shorter training, for speed.
@@ -855,6 +783,3 @@ def test_the_example_of_the_docstring_runs_as_it_stands(tmp_path, capsys):
     assert text.startswith("60 samples, groups of 32\n")
     assert answer(text) in ("Yes", "No", "Undecided")
     assert "shown low" in text and "control" in text
-    given = np.load(tmp_path / "scores.npz").files
-    expected = {*diagnose.ARRAYS, "group_shown"} - {"user", "group_NAME"}
-    assert set(given) == expected

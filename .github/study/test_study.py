@@ -29,7 +29,7 @@ TINY = {"users": 16, "epochs": 1, "group": 8, "min_discriminability": 0.0}
 TINY |= {"pretrain_batch": 16, "pretrain_lr": 0.01, "pretrain_epochs": 4}
 TINY |= {"ranker_batch": 64}
 CONFIG = Config(seed=7, **TINY)
-WORLD = {"slates": 500, "pretrain_users": 300, "ranker": "clicks"}
+WORLD = {"slates": 500, "viewers": 300, "ranker": "clicks"}
 WORLD |= {"season_correlation": 0.5, "max_grad_norm": 1.0}
 
 
@@ -187,7 +187,7 @@ ALL_IDS = torch.tensor(list(itertools.product(range(4), repeat=3)))  # (64, 3)
 def four_tokens() -> Policy:
     """A policy of 4 tokens, far from uniform, and a catalogue of 6 of the 64 IDs."""
     torch.manual_seed(0)
-    IDs = [[0, 1, 2], [0, 1, 3], [1, 0, 2], [2, 3, 3], [3, 0, 0], [3, 2, 1]]
+    IDs = [[0, 1, 2], [0, 2, 2], [1, 0, 2], [2, 2, 2], [3, 2, 2], [3, 2, 1]]
     policy = Policy(torch.tensor(IDs), history_length=2, width=16)
     with torch.no_grad():
         for parameter in policy.parameters():
@@ -234,8 +234,8 @@ def test_draws_follow_the_policy(four_tokens):
 def test_drawn_groups_follow_what_the_user_has_not_bought(four_tokens, monkeypatch):
     """3 draws for each of 1200 users of one history; most IDs name no item."""
     pieces = spy(monkeypatch, study, "draw")
-    history = torch.tensor([[4, 1, 5]]).expand(1200, -1)
-    target = torch.tensor([0, 1, 2, 3]).repeat(300)  # 1 has been bought: never a hit
+    history = torch.tensor([[1, 3, 4]]).expand(1200, -1)
+    target = torch.tensor([0, 1, 2, 5]).repeat(300)  # 1 has been bought: never a hit
     table = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
     scored = study.draw_and_score(
         four_tokens, study.Table(table), history, target, group=3
@@ -365,10 +365,13 @@ def test_clicks_are_learned_and_nothing_else_of_the_feed(prepared, monkeypatch):
 
 
 def test_whole_sequences_are_learned(prepared):
-    """The likelihood of every purchase rises, not only of the last."""
+    """The likelihood of every purchase that the policy can read rises, not only of the
+    last.
+    """
     shop, start, _ = prepared
     split = shop.posttrain
     purchases = torch.as_tensor(np.column_stack([split.history, split.target]))
+    purchases = purchases[:, -start.history_length - 1 :]
 
     def likelihood(policy: Policy, place: int) -> float:
         prompt = policy.prompt(purchases[:, :place])
@@ -409,11 +412,11 @@ def test_a_world_of_its_own(monkeypatch):
     monkeypatch.setattr(adagrpo, "train_ranker", None)  # a call would fail
     monkeypatch.setattr(adagrpo, "pretrain", lambda shop, config: None)
     qualities = spy(monkeypatch, toy_data, "make_qualities")
-    world = WORLD | {"slates": 123, "pretrain_users": 77, "season_correlation": 1.0}
+    world = WORLD | {"slates": 123, "viewers": 77, "season_correlation": 1.0}
     shop, _, ranker = study.prepare(CONFIG, world | {"ranker": "noise"})
     assert len(shop.shown) == len(shop.feed_history) == 123
     splits = (shop.pretrain, shop.posttrain, shop.validation, shop.test)
-    assert [len(split.target) for split in splits] == [77, 16, 40, 60]
+    assert [len(split.target) for split in splits] == [77 + 16, 16, 40, 60]
     assert np.allclose(*qualities[0])
     history = torch.as_tensor(shop.test.history)
     assert ranker.click_probability(history, history).std(1).min() > 0.01
@@ -649,7 +652,7 @@ def test_the_figures_of_groups_make_up_those_of_all(run):
     answer = by_arm["diagnosis"]["diagnosis"]
     assert answer.split()[0].strip(".:,") in ("Yes", "No", "Undecided")
 
-    sizes = {"posttrain": 16, "feed": 1, "pretrain": 1}
+    sizes = {"posttrain": 16, "feed": 1, "viewers": 1}
     kind = toy_data.make_shop(7, CONFIG.bias, sizes).posttrain.kind
     trend = 100 * np.mean(kind == toy_data.KINDS.index("trend"))
     assert by_arm["oracle-2"]["training"]["admitted"] == trend
