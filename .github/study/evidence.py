@@ -50,10 +50,9 @@ MIXTURE = "mix-0.3"  # the best fixed mixture
 CLAIMS = {
     1: ["nll", "nll,epochs=4"],
     2: ["mix-0.3", "mix-0.3,epochs=4"],
-    3: ["random", "difficulty-0.7", "difficulty-2.2"],
+    3: ["random", "difficulty-0.7", "difficulty-2.2", "discriminability-1.6"],
     4: ["distil-1,w=4", "gated-distil-10,w=4"],
 }
-CLAIMS[3] += ["discriminability-0.7", "discriminability-1.6"]
 SHORT = ["nll", MIXTURE, "random", "level-3.5", "adagrpo"]
 ARMS = ["before", "nll", "nll,epochs=4", "whole", "clicks", "mix-0.1", *CLAIMS[2]]
 ARMS += ["mix-1", *CLAIMS[4], *CLAIMS[3], "level-3.5", "spread-3.3", "oracle-1.6"]

@@ -592,8 +592,8 @@ def test_figures_take_their_weights_from_validation():
 
 # ------------------------------------------------------------------- a study for real
 
-ARMS = ["before", "nll", "mix-0.3", "mix-1", "random", "level-3.2", "adagrpo"]
-ARMS += ["clicks,steps=2", "oracle-2", "diagnosis", "adagrpo-2,draws=8"]
+ARMS = ["before", *evidence.SHORT, "mix-1", "clicks,steps=2", "oracle-2", "diagnosis"]
+ARMS += ["adagrpo-2,draws=8"]
 
 
 def command(file: Path, *options: str) -> list[str]:
@@ -637,7 +637,7 @@ def test_a_study_goes_on_and_runs_nothing_twice(run):
 def test_the_same_command_gives_the_same_figures_in_any_order(run, tmp_path):
     """Nothing that an arm draws or patches reaches the next one."""
     file = tmp_path / "b.jsonl"
-    arms = ["adagrpo-2,draws=8", "random", "clicks,steps=2", "mix-0.3", "nll"]
+    arms = ["adagrpo-2,draws=8", "random", "clicks,steps=2", "mix-1", "nll"]
     study.main(command(file, "--arms", *arms))
     first = {record["arm"]: json.dumps(record["figures"]) for record in lines_of(run)}
     assert len(set(first.values())) == len(ARMS)
