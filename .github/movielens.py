@@ -28,11 +28,12 @@ For your own log, replace from top to bottom:
               -> (B, N) in 0..1
   the run     RULES and TERMS. Read the diagnosis first: nothing to teach, nothing to run
 
-Weights, thresholds, rates and passes were chosen by validation on seeds 1 and 2. Seeds
-differ in IDs, policy and ranker, the users are the same, and so both are drawn anew for
-the 95% intervals (a crossed bootstrap). --out gets a line per seed and arm. What stands
-there is not run again, several processes may add to it, and all of it is shown: another log or other settings
-need another file.
+Rates, passes, weights and thresholds were chosen by validation on seed 1. With 132
+beams a step takes 60 ms, without GRPO 7 ms; a seed takes five minutes of one core.
+Seeds differ in IDs, policy and ranker, the users are the same, and so both are drawn
+anew for the 95% intervals (a crossed bootstrap); of a single seed they know the users
+alone. --out gets a line per seed and arm. What stands there is not run again, several
+processes may add to it, and all of it is shown: another log needs another file.
 """
 
 import argparse
@@ -289,7 +290,7 @@ RULES = {
 # And two that a rule cannot say, because a rule sees the gate alone.
 TERMS = {
     "level": partial(level, threshold=0.6, weight=5.0),
-    "distil": partial(distil, w=2.0, weight=1.0),
+    "distil": partial(distil, w=2.0, weight=3.0),
 }
 
 

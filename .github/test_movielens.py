@@ -519,7 +519,7 @@ def test_command_runs_and_resumes(tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     movielens.main(argv)
     assert out.read_text().splitlines() == lines
-    assert "\nadagrpo       1 " in capsys.readouterr().out
+    assert "\nadagrpo   1 " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", ["no json", '{"seed": 1}', "[1]"])

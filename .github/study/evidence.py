@@ -39,11 +39,6 @@ for name, value in vars(Config()).items():
     if name != "seed":
         DEFAULTS[name] = value
 
-# What plain NLL never sees: a study that differs in these alone borrows the main
-# study's nll if it has none of its own.
-UNSEEN_BY_NLL = {"group", "weight", "bias", "random_items", "ranker", "slates"}
-UNSEEN_BY_NLL |= {"ranker_epochs", "ranker_lr"}
-
 # The arms of the main study. The weights are those that validation chose on development
 # seeds, or those that give the dose of adagrpo ("at equal dose").
 MIXTURE = "mix-0.3"  # the best fixed mixture
@@ -174,11 +169,6 @@ def read(files: list[Path]) -> tuple[Study, list[Study], list[dict]]:
     main = studies.pop("{}", None)
     if main is None:
         sys.exit("evidence.py: no record has the defaults of adagrpo.py")
-    for study in studies.values():
-        if study.changes.keys() <= UNSEEN_BY_NLL:
-            for (seed, arm), figures in main.runs.items():
-                if arm == "nll" and seed in study.seeds():
-                    study.runs.setdefault((seed, arm), figures)
     return main, list(studies.values()), development
 
 
@@ -396,6 +386,7 @@ def draw(main: Study, arms: list[str], file: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 3.2))
+    arms = [arm for arm in arms if main.levels(arm, "hr@10")]
     place = np.arange(len(arms))
     for shift, metric, label, colour in (
         (-0.2, "hr@10", "the policy alone", "#d95f02"),
@@ -442,7 +433,7 @@ def tables_of(
         "18,000 viewers": variation(studies, viewers=18_000),
         "gradients cut at 50": variation(studies, max_grad_norm=50.0),
     }
-    settings = [arm for _, arm in main.runs if arm.startswith("adagrpo,")]
+    settings = [arm for _, arm in main.runs if "adagrpo" in arm and "," in arm]
     drawn = [arm for _, arm in main.runs if "draws" in arm]
     settings = sorted(set(settings) - set(drawn))
     drawn = sorted(set(drawn))

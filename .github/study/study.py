@@ -37,6 +37,7 @@ import argparse
 import contextlib
 import copy
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -64,7 +65,9 @@ TEST_USERS = 12_000
 VALIDATION_USERS = 3_000
 RANKERS = ("clicks", "exposure", "noise")
 
-# Settings of an arm beside those of adagrpo.py.
+# Settings of adagrpo.py that an arm can change, and settings of its own.
+SETTINGS = {"epochs": int, "batch": int, "lr": float, "group": int}
+SETTINGS |= {"min_difficulty": float, "min_discriminability": float}
 EXTRA = {"w": 8.0, "steps": 1600, "click_lr": 3e-4, "draws": 0}
 
 
@@ -80,24 +83,33 @@ class Arm(NamedTuple):
 def parse_arm(text: str, config: Config) -> Arm:
     """ValueError if it is none."""
     name, *changes = text.split(",")
-    rule, dash, weight = name.rpartition("-")
-    if not dash or rule not in RULES:
+    rule, _, weight = name.rpartition("-")
+    if rule not in RULES:
         rule = name
         weight = config.weight
     if rule not in RULES:
         raise ValueError(f"{text}: no rule of this name; there are {', '.join(RULES)}")
 
-    types = {field.name: field.type for field in fields(Config)}
     extra = dict(EXTRA)
     for change in changes:
         key, _, value = change.partition("=")
-        if key in types:
-            config = replace(config, **{key: types[key](value)})
+        if key in SETTINGS:
+            config = replace(config, **{key: SETTINGS[key](value)})
         elif key in EXTRA:
             extra[key] = type(EXTRA[key])(value)
         else:
-            raise ValueError(f"{text}: no setting {key}")
-    return Arm(rule, float(weight), config, extra)
+            raise ValueError(f"{text}: no setting {key} of an arm")
+    weight = float(weight)
+    check({"weight": weight, **vars(config), **extra})
+    return Arm(rule, weight, config, extra)
+
+
+def check(numbers: dict) -> None:
+    """ValueError names what is negative or not finite, or a count of 0."""
+    for name, value in numbers.items():
+        is_count = isinstance(value, int) and name not in ("seed", "draws")
+        if not isinstance(value, str) and not is_count <= value < math.inf:
+            raise ValueError(f"{name}: {value}")
 
 
 # ----------------------------------------------------------------------------- the arms
@@ -612,6 +624,7 @@ def main(argv: list[str] | None = None) -> None:
     config = Config(**settings)
     arms = list(dict.fromkeys(options.arms))
     try:
+        check(world)
         for arm in arms:
             parse_arm(arm, config)
         options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -622,7 +635,8 @@ def main(argv: list[str] | None = None) -> None:
     for seed in dict.fromkeys(options.seeds):
         done = set()
         for record in read(options.out):
-            if record["seed"] == seed and record["world"] == world:
+            is_whole = options.validation or "all" in record["figures"]
+            if is_whole and record["seed"] == seed and record["world"] == world:
                 done.add(record["arm"])
         missing = [arm for arm in arms if arm not in done]
         if missing:
