@@ -775,14 +775,13 @@ def print_results(shop: Shop, results: dict[str, tuple]) -> None:
     print(
         "every request. dose: weight * share admitted. tune: hr@10, validation users.\n"
     )
-    titles = ["fused", "w", "ndcg@10", "halluc.", "dose", "tune"]
+    titles = ["fused", "ndcg@10", "halluc.", "dose", "tune"]
     print_row("", ["hr@10", *shop.kinds, *titles])
     for arm, (validation, test, dose) in results.items():
         best_w = best_weight(validation)
         cells = [
             *by_kind(shop, test["hr@10, w=0"]),
             percent(test[f"hr@10, w={best_w}"]),
-            best_w,
             percent(test["ndcg@10"]),
             percent(test["hallucination"]),
             dose,

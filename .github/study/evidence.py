@@ -232,19 +232,20 @@ def arms_table(study: Study, arms: list[str]) -> str:
 
 def leads_table(study: Study, ours: str, arms: list[str]) -> str:
     """An arm less each of the others: alone, clicks and dwell."""
-    rows = []
+    others = {}
     for arm in arms:
-        if arm != ours and study.gain(ours, arm):
-            row = [arm]
-            for metric in ("hr@10", "ctr", "dwell"):
-                row.append(plus_minus(study.gain(ours, arm, metric), "+"))
-            rows.append(row)
-        if arm == "nll" and study.gain(ours, arm):
-            row = ["nll, the ranker at every request"]
-            for metric in ("hr@10", "ctr", "dwell"):
-                fused = study.level(arm, f"{metric} fused")
-                ours_alone = study.level(ours, metric)
-                row.append(plus_minus(paired(ours_alone, fused), "+"))
+        if arm != ours:
+            others[arm] = (arm, "")
+        if arm == "nll":
+            others["nll, the ranker at every request"] = (arm, " fused")
+            others["nll, a table of click rates"] = (arm, " table")
+    rows = []
+    for name, (arm, how) in others.items():
+        row = [name]
+        for metric in ("hr@10", "ctr", "dwell"):
+            theirs = study.level(arm, metric + how)
+            row.append(plus_minus(paired(study.level(ours, metric), theirs), "+"))
+        if row[1] != "-":
             rows.append(row)
     head = [f"{ours} alone less", "HR@10, points", "simulated CTR, points"]
     return table([*head, "simulated dwell, s"], rows)

@@ -226,6 +226,7 @@ def test_rows_by_hand(tmp_path):
     assert [row[:2] for row in rows] == [
         ["nll", "+2.00 ±0.00"],
         ["nll, the ranker at every request", "+1.00 ±0.00"],
+        ["nll, a table of click rates", "+2.00 ±0.00"],
         ["mix-1", "+1.50 ±0.00"],
     ]
     assert cells(evidence.training_table(study, ["adagrpo"])) == [

@@ -80,6 +80,14 @@ def test_an_arm_is_a_rule_a_weight_and_settings():
     assert study.EXTRA["w"] == 8.0
 
 
+@pytest.mark.parametrize(
+    "text", ["adagrpo,bias=0", "nll,seed=9", "mix-nan", "mix--1", "nll,epochs=0", "x"]
+)
+def test_what_an_arm_cannot_be_is_refused(text):
+    with pytest.raises(ValueError, match=f"{text.split(',')[0][:3]}|weight|epochs"):
+        study.parse_arm(text, CONFIG)
+
+
 def test_every_arm_of_the_evidence_parses():
     arms = [study.parse_arm(text, CONFIG) for text in evidence.ARMS]
     assert {"before", "nll", "mix", "distil", "random"} < {arm.rule for arm in arms}
