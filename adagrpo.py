@@ -4,10 +4,10 @@
 A policy, a small GPT, writes the semantic ID of the item that a user buys next: L
 tokens, from the coarse category to the single item. A ranker, a model of clicks, scores
 what it wrote. The ranker is right about some users and wrong about others, because it
-learned from clicks on a feed, the lists of items that a shop shows of its own choice. AdaGRPO trains on
-EVERY sample with supervised NLL and admits the GRPO term sample by sample: only where
-the policy finds the sample hard AND the ranker puts the true item above the average of
-what the policy wrote instead.
+learned from clicks on a feed, the lists that a shop shows of its own choice. AdaGRPO
+trains on EVERY sample with supervised NLL and admits the GRPO term sample by sample:
+only where the policy finds the sample hard AND the ranker puts the true item above the
+average of what the policy wrote instead.
 
 A sample is one user: a history x, and a target y, the true item, which was bought next.
 An ID that names no item is a hallucination. r is the reward of an ID: the ranker's
@@ -24,18 +24,18 @@ its abstract, so the formulas of the gate are ours.
   (5) advantages        A_i = (r(o_i) - mean r) / std r over the whole group; exactly 0
                         if all r are equal
   (6) GRPO              -mean over i of min(ratio_i A_i, clip(ratio_i) A_i); ratio_i is
-                        policy(o_i | x) over its value at the time of the rollout
+                        policy(o_i | x) over its value at the rollout, clip to 1 +- 0.2
   (7) loss              mean over samples of NLL + weight * g * GRPO, where
                         NLL = -log policy(y | x)
 
 The group is not drawn: GRPO compares these IDs with each other, and its term is no
 unbiased estimate of the policy gradient. A hallucination counts in (2) and (5), so that
-GRPO pushes it down; (3) leaves it out, because its 0 would lower the mean and raise m. Left
-out of this file: a KL term (the NLL is the anchor), several updates per rollout, and
-constrained decoding (it would hide hallucinations).
+GRPO pushes it down; (3) leaves it out, because its 0 would lower the mean and raise m.
+Left out of this file: a KL term (the NLL is the anchor), several updates per rollout,
+and constrained decoding (it would hide hallucinations).
 
 Shapes: B samples, G rollouts in each group, L tokens per item, V tokens in the
-vocabulary; histories of K items, of which the policy reads the last H: T = H * L tokens.
+vocabulary; K items in a history, the policy reads the last H: a prompt of T = H * L.
 
 Paper: Xu, Qi, Zou et al., "Adaptive Loss Balancing for Noise-Robust GRPO in Generative
 Recommendation", arXiv 2606.08480 (2026). GRPO: DeepSeekMath, arXiv 2402.03300.
@@ -85,10 +85,9 @@ def adagrpo_gate(
 
     How to choose the thresholds: min_difficulty = k / G means "not among the first k";
     min_discriminability is about a tenth of the spread of your scores. Draws have no
-    order: with ranked=False the difficulty is the share of misses, and of 8 draws 0.9
-    asks for no hit at all (7 / 8 < 0.9). A score of target or negative that is nan or
-    infinite closes the gate. Source: the paper's two diagnostics and 0/1 gate; the
-    formulas are ours.
+    order: with ranked=False the difficulty is the share of misses, so that for 8 draws
+    0.9 means "no hit". A score of target or negative that is nan or infinite closes the
+    gate. Source: the paper's two diagnostics and 0/1 gate; the formulas are ours.
     """
     shapes = [tuple(x.shape) for x in (target_reward, rollout_rewards, hit, valid)]
     group = shapes[1]  # (B, G)
@@ -98,6 +97,7 @@ def adagrpo_gate(
         raise TypeError(f"hit, valid must be bool, got {hit.dtype}, {valid.dtype}")
 
     # hit 0 0 1 0 -> cumsum 0 0 1 1. While it is 0, rollouts stand ahead of y: 2 of 4.
+    # Without an order all misses count: 3 of 4.
     is_ahead = ~hit  # (B, G)
     if ranked:
         is_ahead = hit.cumsum(1) == 0
@@ -135,12 +135,12 @@ def grpo_loss(
     """Eq. (6): the clipped surrogate of each sample; three tensors (B, G) -> (B,).
 
     logp are log-probabilities of whole items, SUMS over their tokens. With one update
-    per rollout old_logp is logp.detach(). Every ratio is then 1 and the loss is
-    -mean(A) = 0; its gradient, -mean(A_i * grad logp_i), is not. Source: GRPO without
-    its KL term, and with one ratio per item.
+    per rollout old_logp is logp.detach(). Every ratio is then 1, nothing is clipped and
+    the loss is -mean(A) = 0; its gradient, -mean(A_i * grad logp_i), is not. Source:
+    GRPO without its KL term, and with one ratio per item.
     """
     log_ratio = logp - old_logp  # (B, G)
-    # Padded beams (-inf - -inf) and a ratio beyond e^20: ratio 1, no gradient, no nan.
+    # If your beams are padded (-inf - -inf) or a ratio is beyond e^20: no gradient.
     log_ratio = torch.where(log_ratio.abs() < 20, log_ratio, 0.0)
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip, 1 + clip)
@@ -179,7 +179,7 @@ class Config:
     ranker_epochs: int = 3
     ranker_batch: int = 512
     ranker_lr: float = 6e-3
-    random_items: int = 2  # count as "not clicked" beside every list that was shown
+    random_items: int = 2  # drawn for each list that was shown, as "not clicked"
 
     # post-training (no prefix)
     epochs: int = 3
@@ -260,7 +260,7 @@ class Policy(nn.Module):
         mask: Tensor | None = None,  # (B, N, cached + N) bool: what each token sees
         cache: list[KV] | None = None,  # of each block: the tokens read so far
     ) -> tuple[Tensor, list[KV]]:
-        """Log-probabilities of what follows each token (B, N, V), and the next cache."""
+        """Log-probabilities of the next token (B, N, V), and the next cache."""
         N = tokens.shape[1]
         cached = 0
         if cache is None:
@@ -292,7 +292,7 @@ class Policy(nn.Module):
         items = [self.item_of.get(tuple(ID), -1) for ID in IDs]
         return torch.tensor(items).view(tokens.shape[:2])
 
-    # A saved policy holds its catalogue, and refuses to be loaded with another one.
+    # A saved policy holds its catalogue, and is not loaded with another one.
 
     def get_extra_state(self) -> Tensor:
         return self.item_tokens
@@ -390,7 +390,7 @@ class Optimizer:
 
 
 def shuffled_batches(samples: int, batch: int, epochs: int) -> tuple[Tensor, ...]:
-    """Row numbers of each batch; each pass has a new order, a batch may span two passes."""
+    """Row numbers of each batch; every pass has its order, and a batch may span two."""
     passes = [torch.randperm(samples) for _ in range(epochs)]
     return torch.cat(passes).split(batch)
 
@@ -456,7 +456,7 @@ def train_ranker(shop: Shop, config: Config) -> Ranker:
     """
     torch.manual_seed(config.seed)
     items = len(shop.tokens)
-    history = torch.as_tensor(shop.feed_history)  # (M, H)
+    history = torch.as_tensor(shop.feed_history)  # (M, K)
     shown = torch.as_tensor(shop.shown)  # (M, S)
     clicked = torch.as_tensor(shop.clicked).float()  # (M, S)
     ranker = Ranker(items)
@@ -514,7 +514,7 @@ def roll_out_and_score(
     valid = items >= 0
     hit = valid & (items == target[:, None])
     with torch.no_grad():  # the ranker learns nothing here
-        scores = ranker.click_probability(history, items.clamp(min=0))  # -1: any item
+        scores = ranker.click_probability(history, items.clamp(min=0))
         rewards = torch.where(valid, scores, 0.0)
         target_reward = ranker.click_probability(history, target[:, None]).squeeze(1)
     if not (rewards.isfinite().all() and target_reward.isfinite().all()):
@@ -536,7 +536,7 @@ def gate_of(scored: Scored, config: Config) -> Gate:
 
 
 def make_arms(config: Config) -> dict[str, tuple]:
-    """The arms, what is compared: a rule, and the weight of GRPO where it admits it."""
+    """The arms that are compared: a rule, who gets GRPO, and its weight there."""
     return {
         "nll": (None, 0.0),  # no GRPO, so nothing has to be rolled out
         "mix-1": (lambda gate: torch.ones_like(gate.admit), 1.0),  # a fixed mixture
@@ -680,7 +680,7 @@ def command_line(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
             least = 1  # it is a count
         if name == "group":
             least = 2  # one rollout has nothing to be compared with
-        if not least <= value < math.inf:  # nan is neither
+        if not least <= value < math.inf:  # nan fails, too
             parser.error(f"argument --{name}: must be at least {least}, got {value}")
 
     if options.save:
@@ -704,7 +704,7 @@ def main(argv: list[str] | None = None) -> None:
     validation = evaluate(pretrained, ranker, shop.validation, config)
     test = evaluate(pretrained, ranker, shop.test, config)
     print_premise(shop, validation, test)
-    user = int(test["admit"].int().argmax())
+    user = int(test["admit"].int().argmax())  # the first who is admitted
     print_group(pretrained, ranker, shop.test, user, config)
 
     print("\nPost-training")
@@ -737,9 +737,7 @@ def by_kind(shop: Shop, metric: Tensor) -> list[float]:
 def print_premise(shop: Shop, validation: Metrics, test: Metrics) -> None:
     """Before any post-training: does the ranker know what the policy does not?"""
     print("\nBefore post-training, percent of test users. fused: hr@10 if the ranker")
-    print(
-        "helps to sort the 32 beams. hard, clear, admit: what the gate says of them\n"
-    )
+    print("helps to sort. hard, clear, admit: so many, says the gate.\n")
     print_row("", ["all", *shop.kinds])
     print_row("hr@10", by_kind(shop, test["hr@10, w=0"]), ".1f")
     best_w = best_weight(validation)
@@ -758,7 +756,7 @@ def print_group(
     gate = gate_of(scored, config)
     advantages = group_advantages(scored.rewards)  # (1, 32)
 
-    print("\nThe ten likeliest IDs for a test user (one whom the gate admits)\n")
+    print("\nA user whom the gate admits: the ten likeliest IDs, and the target.\n")
     print_row("", ["policy", "reward", "advant."])
     for place, ID in enumerate(scored.tokens[0, :10].tolist()):
         name = "-".join(str(token) for token in ID)

@@ -1337,19 +1337,43 @@ assert torch.get_num_threads() == threads
 
 README = (HERE / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-PROGRAMS = [block for block in BLOCKS if "from adagrpo import" in block]
 
 
-@pytest.mark.parametrize("number", range(len(PROGRAMS)))
-def test_the_readmes_lines_run_and_print_what_the_readme_says(number, small, capsys):
-    """What a print prints stands below it, as "# prints: ..." or "# [...]"."""
-    code = PROGRAMS[number]
-    Path("program.py").write_text(code, encoding="utf-8")
-    runpy.run_path("program.py")
-    printed = capsys.readouterr().out
-    for line in re.findall(r"^# (?:prints: |(?=\[))(.*)$", code, re.MULTILINE):
-        assert line in printed.splitlines()
+def test_the_readmes_idea_is_the_loss_of_the_training_loop(tmp_path):
+    """One batch of the tiny shop: the README's lines, against a first step by hand."""
+    policy, ranker = tiny_models()
+    users = tiny_shop().posttrain
+    names = vars(adagrpo) | {"policy": policy, "ranker": ranker, "config": Config()}
+    names["history"] = torch.as_tensor(users.history)
+    names["target"] = torch.as_tensor(users.target)
+    program = tmp_path / "idea.py"
+    program.write_text(BLOCKS[0].replace("group=32", "group=6"), encoding="utf-8")
+    names = runpy.run_path(str(program), names)
+    assert names["gate"].admit.any() and not names["gate"].admit.all()
+    names["loss"].backward()
+    by_readme = [parameter.grad.clone() for parameter in policy.parameters()]
+
+    policy.zero_grad()
+    scored = adagrpo.roll_out_and_score(
+        policy, ranker, names["history"], names["target"], 6
+    )
+    taught = names["gate"].admit[:, None] * adagrpo.group_advantages(scored.rewards)
+    prompt = policy.prompt(names["history"])
+    bought = policy.item_tokens[names["target"]]
+    logp = adagrpo.log_prob(policy, prompt, bought)
+    (-logp.mean() - 5.0 * (taught * scored.logp).mean()).backward()
+    for parameter, grad in zip(policy.parameters(), by_readme, strict=True):
+        torch.testing.assert_close(parameter.grad, grad)
 
 
-def test_the_readme_has_lines_to_run():
-    assert any("adagrpo_gate(" in program for program in PROGRAMS)
+def test_the_readmes_gate_prints_what_the_readme_says(capsys, tmp_path):
+    (block,) = [block for block in BLOCKS if "import" in block]
+    program = tmp_path / "gate.py"
+    program.write_text(block, encoding="utf-8")
+    runpy.run_path(str(program))
+    assert re.search(r"# (\[.*?\])", block).group(1) in capsys.readouterr().out
+
+
+def test_the_readme_is_a_page():
+    assert len(README.splitlines()) <= 130
+    assert len(README.split()) <= 1100

@@ -12,7 +12,7 @@ them 200,000 slates (lists of ten items), and they click items of high appeal th
 The policy learns from everything that was bought: last season's purchases of all whom
 the shop knows, in pre-training, and the tenth purchase of 1,200 others, the target of
 post-training. The ranker learns from what the viewers clicked AND from what they did
-not. This is all that it has beyond the policy: clicks, non-clicks, and a fresher date.
+not. This is all that it has beyond the policy: this season's clicks and non-clicks.
 Validation and test are of people whom the shop did not know before.
 
 No noise is added to a score: the ranker errs because of what the feed does NOT show,
@@ -56,7 +56,7 @@ CATEGORIES = 16
 SUBCATEGORIES = 8  # in each category
 SLOTS = 64  # in each sub-category
 KINDS = ("trend", "series", "niche")
-NEVER = -60.0  # the logit of what a user has, where others are some -10 to 30
+NEVER = -60.0  # the logit of what a user has; others are some -20 to 30
 CATEGORY_KIND = ["niche"] * 3 + ["series"] * 3 + ["trend"] * 10  # 10 of 16 are trend
 
 
@@ -81,7 +81,7 @@ class Shop:
 
     tokens: np.ndarray  # (items, L) semantic ID of every item
     kinds: tuple[str, ...]  # names of the kinds of user
-    pretrain: Split  # of last season, the target too; the policy reads this length, H
+    pretrain: Split  # (N, H) and the next, all of last season; the policy reads H items
     posttrain: Split  # here and below only the target is of this season
     validation: Split
     test: Split
@@ -161,7 +161,7 @@ def make_catalogue(rng: Generator) -> Catalogue:
 def make_qualities(
     rng: Generator, catalogue: Catalogue
 ) -> tuple[np.ndarray, np.ndarray]:
-    """How good each item is in either season, (ITEMS,) each; only trend items change."""
+    """How good each item is in either season (ITEMS,); only trend items change."""
     spread = np.array([QUALITY_SPREAD[kind] for kind in catalogue.kind])
     last_season = spread * rng.normal(size=ITEMS)
     fresh = spread * rng.normal(size=ITEMS)
@@ -173,7 +173,7 @@ def make_qualities(
 
 TASTE_SPREAD = 0.2  # of tastes around the centre of the home category
 SHARPNESS = 12.0  # purchases ~ softmax(SHARPNESS * appeal), whatever the feed shows
-HOME_BONUS = 1.0  # of series users: they buy (not click) in their home category
+HOME_BONUS = 1.0  # series users buy (but do not click) more in their home category
 # Series purchases are sorted by item number plus noise; a category has some 62 numbers.
 ORDER_NOISE = 15.0
 
@@ -204,7 +204,7 @@ def make_users(
     target = draw_without_replacement(rng, logits, 1)
     bought = np.concatenate([history, target], axis=1)
 
-    # Series users buy roughly in the order of the item numbers; the last is the target.
+    # Series users buy roughly in the order of the item numbers, whatever the season.
     position = bought + rng.normal(0, ORDER_NOISE, size=bought.shape)
     in_order = np.take_along_axis(bought, position.argsort(axis=1), axis=1)
     bought = np.where(is_series[:, None], in_order, bought)
@@ -264,7 +264,7 @@ def make_shop(seed: int, bias: float = 1.0, sizes: dict | None = None) -> Shop:
     `bias` >= 0 scales popularity and hiding: at 0 the feed shows items by taste alone.
     """
     sizes = SIZES | (sizes or {})
-    # Each part has a random stream, so that another size leaves other parts as they are.
+    # Each part has a random stream, so that another size leaves the others as they are.
     names = ["catalogue", *SIZES]
     streams = np.random.default_rng(seed).spawn(len(names))
     rng = dict(zip(names, streams, strict=True))
