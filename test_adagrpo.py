@@ -2,8 +2,8 @@
 """Checks against independent oracles: hand calculation, slow loop, brute force, numpy.
 
 From the top: the method that people copy (gate, advantages, losses), the policy and its
-rollouts, the groups, the trainings, the metrics, the tables, the toy shop and the
-premise of its story, the command, README.
+rollouts, the groups, the trainings, the metrics, the toy shop and the premise of its
+story, the command, README.
 
     python -m pytest -q
 """
@@ -133,52 +133,33 @@ def test_the_gate_against_a_slow_loop(group, ranked):
         assert result.admit[b].item() == (hard and clear)
 
 
-def test_thresholds_are_inclusive():
-    """A hit in place 3 of 10 is a difficulty of 0.3; 0.5 - 0.25 is 0.25 exactly."""
-    hit = torch.arange(10)[None] == 3
-    rewards = torch.full((1, 10), 0.25)
-    for d, m, admitted in ((0.3, 0.25, True), (0.31, 0.25, False), (0.3, 0.26, False)):
-        result = gate([0.5], rewards, hit, min_difficulty=d, min_discriminability=m)
+def test_thresholds_are_inclusive_and_sums_in_float32():
+    """A hit in place 13 of 40 is a difficulty of 0.3. Rewards may be logits of half
+    precision: m = -3500 - (-3000) = -500, though 39 * -3000 is beyond float16.
+    """
+    hit = torch.arange(40)[None] == 12
+    rewards = torch.full((1, 40), -3000.0, dtype=torch.float16)
+    target_reward = torch.tensor([-3500.0], dtype=torch.float16)
+    for d, m, admitted in ((0.3, -500, True), (0.31, -500, False), (0.3, -499, False)):
+        thresholds = {"min_difficulty": d, "min_discriminability": m}
+        result = gate(target_reward, rewards, hit, **thresholds)
+        assert result.discriminability.item() == -500
         assert result.admit.item() is admitted
-
-
-def test_scores_and_thresholds_may_be_logits():
-    """m = 1 - (-3 - 2 + 0.5) / 3 = 2.5"""
-    for threshold in (-7.0, 2.5, 2.6):
-        result = gate([1.0], [[-3.0, -2.0, 0.5]], min_discriminability=threshold)
-        assert result.discriminability.item() == 2.5
-        assert result.admit.item() == (threshold <= 2.5)
-
-
-def test_half_precision_is_summed_in_float32():
-    """m = -3500 - (-3000) = -500, though 32 * -3000 is beyond float16."""
-    rewards = torch.full((1, 32), -3000.0, dtype=torch.float16)
-    result = gate(torch.tensor([-3500.0], dtype=torch.float16), rewards)
-    assert result.discriminability.item() == -500
-    assert not result.clear.item()
-
-
-GOOD_GATE = {
-    "target_reward": torch.zeros(2),
-    "rollout_rewards": torch.zeros(2, 4),
-    "hit": torch.zeros(2, 4, dtype=torch.bool),
-    "valid": torch.ones(2, 4, dtype=torch.bool),
-    "min_difficulty": 0.3,
-    "min_discriminability": 0.01,
-    "ranked": True,
-}
 
 
 @pytest.mark.parametrize("name", ["target_reward", "rollout_rewards", "hit", "valid"])
 def test_the_gate_refuses_a_bad_argument_and_says_what_was_given(name):
-    good = GOOD_GATE[name]
-    for bad in (good[:1], good[None], good[..., None]):
+    no, yes = torch.tensor([False, True])[:, None, None].expand(2, 2, 4)
+    good = {"rollout_rewards": torch.zeros(2, 4), "hit": no, "valid": yes}
+    good |= {"target_reward": torch.zeros(2), "ranked": True}
+    good |= {"min_difficulty": 0.3, "min_discriminability": 0.01}
+    for bad in (good[name][:1], good[name][None], good[name][..., None]):
         with pytest.raises(ValueError, match="target_reward") as error:
-            adagrpo_gate(**(GOOD_GATE | {name: bad}))
+            adagrpo_gate(**(good | {name: bad}))
         assert str(tuple(bad.shape)) in str(error.value)
-    if good.dtype == torch.bool:
+    if name in ("hit", "valid"):
         with pytest.raises(TypeError, match=f"{name}.*float32"):
-            adagrpo_gate(**(GOOD_GATE | {name: good.float()}))
+            adagrpo_gate(**(good | {name: good[name].float()}))
 
 
 # ------------------------------------------------------------------------- advantages
@@ -271,45 +252,22 @@ def test_loss_and_gradient_against_a_slow_loop():
     assert gradients[1][~admit].eq(0).all()
 
 
-def test_with_one_update_per_rollout_the_loss_is_zero_and_its_gradient_is_not():
-    """Every ratio is 1, so the loss is -mean(A) = 0, and its gradient -A_i / G."""
-    torch.manual_seed(0)
-    logp = torch.randn(5, 4, requires_grad=True)
-    advantages = group_advantages(torch.rand(5, 4))
-    loss = grpo_loss(logp, logp.detach(), advantages)
-    assert_close(loss, torch.zeros(5), atol=1e-6, rtol=0)
-    (gradient,) = torch.autograd.grad(loss.sum(), logp)
-    assert_close(gradient, -advantages / 4)
-
-
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 @pytest.mark.parametrize("place", ["target", "negative", "hit", "hallucination"])
 def test_a_reward_that_is_not_finite_never_reaches_a_gradient(bad, place):
-    """The whole method on two samples. In the first a target or a negative that is not
-    finite closes the gate, and nobody asks for the others; its advantages are 0.
-
-    The rewards 0, 0, 1 of the second have mean 1/3 and std sqrt(2) / 3, so A = -1/root,
-    -1/root, root with root = sqrt(2); the gradient of the loss is -weight * A / G / B.
+    """Of the target or a negative it closes the gate. Nobody asks for the others: m
+    stays 0.9 - 0.1. The group's advantages are 0.
     """
-    target_reward = torch.tensor([0.9, 0.9])
-    rewards = torch.tensor([[0.1, 0.2, 0.0], [0.0, 0.0, 1.0]])
-    hit = torch.tensor([[False, True, False], [False, False, False]])
-    valid = torch.tensor([[True, True, False], [True, True, True]])
-    if place == "target":
-        target_reward[0] = bad
-    else:
-        rewards[0, ["negative", "hit", "hallucination"].index(place)] = bad
-    logp = torch.full((2, 3), -2.0, requires_grad=True)
-
-    admit = gate(target_reward, rewards, hit, valid, min_difficulty=0.3).admit
-    grpo = grpo_loss(logp, logp.detach(), group_advantages(rewards))
-    loss = adagrpo_loss(torch.ones(2), grpo, admit, weight=3.0)
-    loss.backward()
-    assert admit.tolist() == [place in ("hit", "hallucination"), True]
-    assert loss.item() == pytest.approx(1, abs=1e-6)
-    root = math.sqrt(2)
-    expected = [-3 * a / 3 / 2 for a in (-1 / root, -1 / root, root)]
-    assert logp.grad.tolist() == [[0, 0, 0], pytest.approx(expected)]
+    reward = {"target": 0.9, "negative": 0.1, "hit": 0.2, "hallucination": 0.0}
+    reward[place] = bad
+    target_reward, *rewards = reward.values()
+    hit, valid = [[0, 1, 0]], [[1, 1, 0]]
+    result = gate([target_reward], [rewards], hit, valid, min_difficulty=0.3)
+    assert result.admit.item() == (place in ("hit", "hallucination"))
+    if result.admit:
+        assert result.discriminability.item() == pytest.approx(0.8)
+    if place != "target":
+        assert group_advantages(torch.tensor([rewards])).tolist() == [[0, 0, 0]]
 
 
 def test_gate_and_advantages_send_back_no_gradient():
@@ -322,31 +280,17 @@ def test_gate_and_advantages_send_back_no_gradient():
 def test_a_refused_sample_gets_a_gradient_of_exactly_zero(logp, old_logp):
     """Also where its rollouts are padding, or the ratio is beyond float32. In value and
     in gradient: 0 * inf is nan, so what is masked too late comes back as nan.
+
+    The last two samples are admitted, and get -weight * A / G / B for each rollout; the
+    third has such a rollout, too, and gets nothing for it.
     """
-    logp = torch.tensor([[logp, -2.0], [-3.0, -2.0]], requires_grad=True)
-    old_logp = torch.tensor([[old_logp, -2.0], [-3.0, -2.0]])
-    advantages = torch.tensor([[-1.0, 1.0], [-1.0, 1.0]])
-    grpo = grpo_loss(logp, old_logp, advantages)
-    loss = adagrpo_loss(torch.ones(2), grpo, torch.tensor([False, True]), 2.0)
+    logp = torch.tensor([[logp, -2], [-3, -2], [logp, -2]], requires_grad=True)
+    old_logp = torch.tensor([[old_logp, -2], [-3, -2], [old_logp, -2]])
+    grpo = grpo_loss(logp, old_logp, torch.tensor([[-1.0, 1.0]]).expand(3, -1))
+    loss = adagrpo_loss(torch.ones(3), grpo, torch.tensor([False, True, True]), 3.0)
     loss.backward()
     assert loss.item() == 1
-    assert logp.grad.tolist() == [[0, 0], [0.5, -0.5]]  # -weight * A / G / B
-
-
-def test_a_padded_beam_counts_for_nothing():
-    """Constrained decoding pads with log-probability -inf; such a beam is not valid. It
-    is no negative, m = 0.5 - 0.25, and the gradient reaches the true beams alone.
-    """
-    padding = torch.tensor([[False, False, True]])
-    result = gate([0.5], [[0.25, 0.25, NAN]], valid=~padding)
-    assert result.discriminability.item() == 0.25
-    assert result.admit.item()
-    logp = torch.tensor([[-1.0, -2.0, -INF]], requires_grad=True)
-    advantages = torch.tensor([[1.0, 0.5, -1.5]])
-    loss = grpo_loss(logp, logp.detach(), advantages)
-    loss.sum().backward()
-    assert loss.isfinite().all()
-    assert logp.grad.tolist() == [pytest.approx([-1 / 3, -0.5 / 3, 0])]
+    assert logp.grad.tolist() == [[0, 0], [0.5, -0.5], [0, -0.5]]
 
 
 # --------------------------------------------------------------- policy and rollouts
@@ -377,40 +321,16 @@ def slow_log_prob(policy, prompt, item) -> torch.Tensor:
     return total
 
 
-def test_a_block_against_a_slow_loop():
-    """Each head by itself: softmax of q . k / sqrt(width) over the tokens it sees."""
-    torch.manual_seed(0)
-    block = adagrpo.Block(width=8, heads=2)
-    x = torch.randn(1, 5, 8)
-    sees = torch.eye(5).bool() | (torch.rand(5, 5) < 0.5)
-    q, k, v = block.qkv(block.norm1(x))[0].split(8, dim=1)  # (5, 8) each
-    rows = []
-    for place in range(5):
-        seen = sees[place].nonzero().flatten()
-        heads = []
-        for head in (slice(0, 4), slice(4, 8)):
-            scores = torch.stack([q[place, head] @ k[i, head] / 2 for i in seen])
-            heads.append(scores.softmax(0) @ v[seen, head])
-        row = x[0, place] + block.out(torch.cat(heads))
-        rows.append(row + block.mlp(block.norm2(row)))
-    y, _ = block(x, sees[None], None)
-    assert_close(y[0], torch.stack(rows))
-
-
-def test_the_policy_knows_where_a_token_stands():
-    """Without positions three equal tokens would all be answered alike."""
-    next_logp, _ = tiny_policy()(torch.tensor([[1, 1, 1]]))
-    assert not torch.allclose(next_logp[0, 0], next_logp[0, 2])
-
-
 def test_a_text_read_in_two_parts_is_read_as_one():
-    """With a cache, and without a mask."""
+    """With a cache, and without a mask. And the places of equal tokens count."""
     policy = tiny_policy()
     prompt = prompts_of(policy, 3)
     whole, _ = policy(prompt)
     first, cache = policy(prompt[:, :4])
     second, _ = policy(prompt[:, 4:], cache=cache)
     assert_close(torch.cat([first, second], dim=1), whole)
+    next_logp, _ = policy(torch.tensor([[1, 1, 1]]))
+    assert not torch.allclose(next_logp[0, 0], next_logp[0, 2])
 
 
 @pytest.mark.parametrize("levels", [1, 2, 3, 4])
@@ -436,21 +356,16 @@ def test_rollouts_match_plain_forwards(levels):
     assert_close(gradients, expected, rtol=1e-3, atol=1e-4)
 
 
-def every_item() -> torch.Tensor:
-    """All 125 IDs of three tokens over a vocabulary of 5."""
-    return torch.cartesian_prod(*[torch.arange(5)] * 3)
-
-
 def test_beams_are_exact_where_no_prefix_is_dropped():
     """25 beams keep every prefix of two tokens, so they are the best 25 of all 125."""
     policy = tiny_policy()
     prompt = prompts_of(policy, 4)
+    every_id = torch.cartesian_prod(*[torch.arange(5)] * 3)
     tokens, logp = adagrpo.rollout(policy, prompt, 25)
     for b in range(4):
-        scores = slow_log_prob(policy, prompt[b].expand(125, -1), every_item())
-        best = scores.topk(25)
+        best = slow_log_prob(policy, prompt[b].expand(125, -1), every_id).topk(25)
         assert_close(logp[b], best.values)
-        assert tokens[b].tolist() == every_item()[best.indices].tolist()
+        assert tokens[b].tolist() == every_id[best.indices].tolist()
 
 
 def test_a_catalogue_where_two_items_have_one_id_is_refused():
@@ -501,17 +416,6 @@ def tiny_models(std: float = 0.3) -> tuple[Policy, Ranker]:
     return policy, ranker
 
 
-class Table(Ranker):
-    """A ranker that gives item i the score table[i], whatever the history."""
-
-    def __init__(self, table):
-        super().__init__(items=len(table))
-        self.table = torch.tensor(table)
-
-    def click_probability(self, history, items):
-        return self.table[items]
-
-
 @pytest.mark.parametrize("group", [2, 6, 14])
 @pytest.mark.parametrize("bought", [1, 3, 5])
 def test_a_group_is_the_likeliest_ids_that_have_not_been_bought(group, bought):
@@ -524,14 +428,12 @@ def test_a_group_is_the_likeliest_ids_that_have_not_been_bought(group, bought):
     policy, ranker = tiny_models()
     rng = np.random.default_rng(bought)
     users = rng.permuted(np.tile(np.arange(12), (20, 1)), axis=1)[:, : bought + 1]
-    users = torch.from_numpy(users)
-    history = users[:, :-1]
-    target = users[:, -1]
+    history, target = torch.from_numpy(users).tensor_split([bought], dim=1)
+    target = target.squeeze(1)
     scored = adagrpo.roll_out_and_score(policy, ranker, history, target, group)
 
     every_id = torch.cartesian_prod(torch.arange(4), torch.arange(4))
     known = policy.item_tokens.tolist()
-    size = min(group, 16 - bought)
     score = ranker(history, torch.arange(12).expand(20, -1)).sigmoid().tolist()
     for b in range(20):
         prompt = policy.item_tokens[history[b, -3:]].flatten().expand(16, -1)
@@ -539,15 +441,12 @@ def test_a_group_is_the_likeliest_ids_that_have_not_been_bought(group, bought):
         expected = []
         for place in logp.argsort(descending=True).tolist():
             ID = every_id[place].tolist()
-            item = -1
-            if ID in known:
-                item = known.index(ID)
+            item = known.index(ID) if ID in known else -1
             if item not in history[b].tolist():
                 expected.append((ID, item, logp[place].item()))
-        expected = expected[:size]
-        assert scored.tokens[b].tolist() == [ID for ID, _, _ in expected]
-        assert scored.logp[b].tolist() == pytest.approx([p for _, _, p in expected])
-        items = [item for _, item, _ in expected]
+        IDs, items, logps = zip(*expected[: min(group, 16 - bought)], strict=True)
+        assert scored.tokens[b].tolist() == list(IDs)
+        assert scored.logp[b].tolist() == pytest.approx(logps)
         assert scored.valid[b].tolist() == [item >= 0 for item in items]
         assert scored.hit[b].tolist() == [item == target[b].item() for item in items]
         rewards = [score[b][item] * (item >= 0) for item in items]
@@ -570,41 +469,20 @@ def test_a_group_of_fewer_than_two_is_an_error():
         adagrpo.roll_out_and_score(policy, ranker, history, target, 5)
 
 
-def test_a_hallucination_is_never_a_hit():
-    """Not even of target -1, which is also what stands for no item."""
-    policy, _ = tiny_models()
-    ranker = Table([0.5] * 12)
-    history = torch.zeros(1, 3, dtype=torch.long)
-    scored = adagrpo.roll_out_and_score(policy, ranker, history, torch.tensor([-1]), 12)
-    assert not scored.valid.all()
-    assert not scored.hit.any()
-
-
 @pytest.mark.parametrize("bad", [NAN, INF])
 def test_a_score_that_is_not_finite_is_an_error_that_names_the_ranker(bad):
-    """Of an item in the group, or of the target outside it."""
-    policy, _ = tiny_models()
+    """Of the likeliest item, in the group of two, or of the target outside it."""
+    policy, ranker = tiny_models()
     history = torch.tensor([[0, 1, 2]])
     tokens, _ = adagrpo.rollout(policy, policy.prompt(history), 16)
-    items = [i for i in policy.items_of(tokens)[0].tolist() if i > 2]
-    first, *_, last = items
+    items = policy.items_of(tokens)
+    first, *_, last = items[items > 2]
     for broken in (first, last):
-        table = [0.5] * 12
+        table = torch.full((12,), 0.5)
         table[broken] = bad
+        ranker.click_probability = lambda history, items, table=table: table[items]
         with pytest.raises(ValueError, match="ranker"):
-            adagrpo.roll_out_and_score(
-                policy, Table(table), history, torch.tensor([last]), 2
-            )
-
-
-def test_the_ranker_by_hand():
-    """An MLP on the mean user, the item and 10 times their product; its sigmoid."""
-    _, ranker = tiny_models()
-    score = ranker.click_probability(torch.tensor([[0, 1, 1]]), torch.tensor([[5, 6]]))
-    user = (ranker.bought.weight[0] + 2 * ranker.bought.weight[1]) / 3
-    for place, item in enumerate(ranker.offered.weight[5:7]):
-        logit = ranker.mlp(torch.cat([user, item, 10 * user * item])).item()
-        assert score[0, place].item() == pytest.approx(1 / (1 + math.exp(-logit)))
+            adagrpo.roll_out_and_score(policy, ranker, history, last[None], 2)
 
 
 # ----------------------------------------------------------------------- the trainings
@@ -625,20 +503,20 @@ def clipped(gradient: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("std", [0.01, 0.3])  # a gradient that is not clipped, and one
 @pytest.mark.parametrize("arm", ["nll", "mix-1", "adagrpo"])
-def test_one_step_of_an_arm_by_hand(arm, std, capsys):
+def test_one_step_of_an_arm_by_hand(arm, std):
     """The gradient of (7) with ratios of 1, rollout by rollout: each sample's NLL / B,
     and for each rollout of an admitted sample -weight * A_i * log p(o_i) / G / B.
 
     All 12 users are one batch, so the gradient that the only step leaves behind is that
-    of the weights at the start. The printed line is of the same step.
+    of the weights at the start.
     """
     weight = {"nll": 0, "mix-1": 1, "adagrpo": 5}[arm]
     config = Config(batch=12, epochs=1, group=6, min_discriminability=0.0)
     rule, its_weight = adagrpo.make_arms(config)[arm]
     policy, ranker = tiny_models(std)
     users = tiny_shop().posttrain
-    dose = adagrpo.post_train(policy, ranker, users, rule, its_weight, config, arm)
-    line = capsys.readouterr().out
+    dose = adagrpo.post_train(policy, ranker, users, rule, its_weight, config)
+    assert all(parameter.grad is None for parameter in ranker.parameters())
 
     start, _ = tiny_models(std)
     history = torch.as_tensor(users.history)
@@ -647,17 +525,14 @@ def test_one_step_of_an_arm_by_hand(arm, std, capsys):
     prompt = start.item_tokens[history].flatten(1)
     nll = -slow_log_prob(start, prompt, start.item_tokens[target]).sum() / 12
     grpo = torch.zeros(())
-    counts = {"hard": 0, "clear": 0, "admitted": 0}
+    admitted = 0
     for b in range(12):
         sample = (scored.target_reward, scored.rewards, scored.hit, scored.valid)
         sample = [x[b].tolist() for x in sample]
         difficulty, m = slow_diagnostics(*sample, ranked=True)
-        admitted = arm == "mix-1" or (difficulty >= 0.3 and m >= 0)
-        counts["hard"] += difficulty >= 0.3
-        counts["clear"] += m >= 0
-        counts["admitted"] += admitted
-        if not admitted:
+        if arm == "adagrpo" and not (difficulty >= 0.3 and m >= 0):
             continue
+        admitted += 1
         rewards = np.array(sample[1])
         for i, advantage in enumerate((rewards - rewards.mean()) / rewards.std()):
             logp = slow_log_prob(start, prompt[b : b + 1], scored.tokens[b, i : i + 1])
@@ -667,53 +542,8 @@ def test_one_step_of_an_arm_by_hand(arm, std, capsys):
     expected = gradient_of(start)
     assert (expected.norm() > 1) == (std == 0.3)
     assert_close(gradient_of(policy), clipped(expected), rtol=1e-3, atol=1e-5)
-    assert dose == pytest.approx(weight * counts["admitted"] / 12)
-    assert arm != "adagrpo" or 0 < counts["admitted"] < 12
-    figures = {"nll": nll.item()}
-    if arm != "nll":
-        figures["reward"] = scored.rewards.mean().item()
-        figures |= {name: count / 12 for name, count in counts.items()}
-    said = "  ".join(f"{name} {figure:.3f}" for name, figure in figures.items())
-    assert line == f"{arm:<8} step    1  {said}\n"
-
-
-def train(policy, ranker, arm="adagrpo", label=None, weight=None, **settings) -> float:
-    """Post-train on the tiny shop's 12 users; returns the dose."""
-    config = replace(Config(epochs=1, group=6), **settings)
-    rule, usual_weight = adagrpo.make_arms(config)[arm]
-    if weight is None:
-        weight = usual_weight
-    users = tiny_shop().posttrain
-    return adagrpo.post_train(policy, ranker, users, rule, weight, config, label)
-
-
-def test_nll_alone_is_what_weight_zero_leaves():
-    """The arm nll asks no ranker; and no training changes the ranker."""
-    alone, ranker = tiny_models()
-    start = weights_of(alone)
-    assert train(alone, None, "nll", epochs=2) == 0
-    assert not torch.equal(weights_of(alone), start)
-    other, _ = tiny_models()
-    torch.manual_seed(7)  # the batches are the same all the same
-    train(other, ranker, "mix-1", weight=0.0, epochs=2)
-    assert_close(weights_of(other), weights_of(alone))
-    assert all(parameter.grad is None for parameter in ranker.parameters())
-
-
-def test_figures_are_means_over_samples_and_not_over_batches():
-    """(1 + 2 + 3 + 6) / 4; the mean of the batches' means would be 4."""
-    log = [{"nll": torch.tensor([1.0, 2.0, 3.0])}, {"nll": torch.tensor([6.0])}]
-    assert adagrpo.mean_of(log, "nll") == 3
-
-
-def test_a_line_comes_every_100_steps_and_at_the_end_if_it_has_a_label(capsys):
-    for label in ("a name", None):
-        train(tiny_models()[0], None, "nll", label, batch=1, epochs=10)
-    lines = capsys.readouterr().out.splitlines()
-    assert [line[:19] for line in lines] == [
-        "a name   step  100 ",
-        "a name   step  120 ",
-    ]
+    assert dose == pytest.approx(weight * admitted / 12)
+    assert arm != "adagrpo" or 0 < admitted < 12
 
 
 @pytest.mark.parametrize("arm", ["nll", "adagrpo"])
@@ -722,8 +552,11 @@ def test_a_gradient_that_is_not_finite_ends_the_training(arm):
     policy, ranker = tiny_models()
     torch.nn.init.constant_(policy.norm.weight, NAN)
     start = weights_of(policy)
+    config = Config(group=6)
+    rule, weight = adagrpo.make_arms(config)[arm]
+    users = tiny_shop().posttrain
     with pytest.raises(RuntimeError, match="non-finite"):
-        train(policy, ranker, arm)
+        adagrpo.post_train(policy, ranker, users, rule, weight, config)
     assert_close(weights_of(policy), start, equal_nan=True, rtol=0, atol=0)
 
 
@@ -735,9 +568,7 @@ def test_pre_training_by_hand():
     torch.manual_seed(5)
     tokens = torch.as_tensor(shop.tokens)
     start = Policy(tokens, history_length=3)
-    bought = torch.as_tensor(
-        np.column_stack([shop.pretrain.history, shop.pretrain.target])
-    )
+    bought = torch.as_tensor(purchases_of(shop.pretrain))
     sequence = tokens[bought].flatten(1)  # (40, 8)
     loss = torch.zeros(())
     for place in range(1, 8):
@@ -746,20 +577,6 @@ def test_pre_training_by_hand():
     loss.backward()
     expected = clipped(gradient_of(start))
     assert_close(gradient_of(policy), expected, rtol=1e-3, atol=1e-5)
-
-
-def test_the_ranker_learns_clicks_and_to_doubt_what_was_never_shown():
-    """Items 0-3 are always clicked and 4-7 never; 8-11 come only as random items."""
-    shop = tiny_shop()
-    shop.shown = shop.shown % 8
-    shop.clicked = shop.shown < 4
-    ranker = adagrpo.train_ranker(shop, Config(ranker_epochs=40, ranker_batch=10))
-    with torch.no_grad():
-        every = torch.arange(12).expand(50, -1)
-        score = ranker.click_probability(torch.as_tensor(shop.feed_history), every)
-    clicked, ignored, never_shown = score.mean(0).split(4)
-    assert clicked.min() > 0.45
-    assert max(ignored.max(), never_shown.max()) < 0.25
 
 
 def test_every_pass_takes_each_sample_once_and_in_an_order_of_its_own():
@@ -771,38 +588,15 @@ def test_every_pass_takes_each_sample_once_and_in_an_order_of_its_own():
     assert passes[0].tolist() != passes[1].tolist() != list(range(10))
 
 
-def test_the_learning_rate_warms_up_over_20_steps_and_decays_to_zero():
-    """Of 100 steps: 1/20, 2/20, ..., then the line from 1 to 0, in 0.80 at step 20.
-
-    Adam's first step is the rate times the sign of the gradient, and AdamW takes 1% of
-    the weights off: with a rate of 2 / 20 a weight of 1 falls by 0.1 + 0.001.
-    """
-    model = torch.nn.Linear(1, 1, bias=False)
-    torch.nn.init.ones_(model.weight)
-    optimizer = adagrpo.Optimizer(model, lr=2.0, steps=100)
-    rates = []
-    for step in range(100):
-        rates.append(optimizer.adamw.param_groups[0]["lr"] / 2.0)
-        optimizer.step(3 * model.weight.sum())
-        assert model.weight.grad.item() == pytest.approx(1)  # 3, clipped
-        if step == 0:
-            assert model.weight.item() == pytest.approx(0.899)
-    assert rates[:3] == pytest.approx([0.05, 0.10, 0.15])
-    assert rates[19:22] == pytest.approx([0.81, 0.80, 0.79])
-    assert rates[-1] == pytest.approx(0.01)
-
-
 # ------------------------------------------------------------------------- the metrics
-
-RANKS = [1, 3, 10, 11, None]  # of each user's target
 
 
 def known_scored(rewards, target_reward=(0.5,) * 5) -> Scored:
-    """Five users' beams: ranks 6 and 7 and the last ten are hallucinations."""
+    """Five users' beams, with targets of rank 1, 3, 10, 11 and none. Ranks 6 and 7 and
+    the last ten are hallucinations.
+    """
     hit = torch.zeros(5, 32, dtype=torch.bool)
-    for user, rank in enumerate(RANKS):
-        if rank is not None:
-            hit[user, rank - 1] = True
+    hit[torch.arange(4), torch.tensor([0, 2, 9, 10])] = True
     valid = torch.ones(5, 32, dtype=torch.bool)
     valid[:, 5:7] = False
     valid[:, 22:] = False
@@ -812,9 +606,7 @@ def known_scored(rewards, target_reward=(0.5,) * 5) -> Scored:
 
 
 def test_metrics_by_hand():
-    """Ranks 1, 3, 10, 11 and none, two hallucinations in each ten.
-
-    NDCG is 1 / log2(1 + rank). The difficulty is the rank less 1, over 32: by default a
+    """NDCG is 1 / log2(1 + rank). The difficulty is the rank less 1, over 32: by default a
     sample is hard if its target is not in the first ten. All rewards are 0.25, so that
     m is 0.25 or, for targets of score 0.25 and 0.2, 0 and -0.05.
     """
@@ -849,39 +641,24 @@ def test_the_fused_order_against_a_slow_loop():
     assert len(rows) > 2, "weights do not matter"
 
 
-def test_ties_stay_in_the_order_of_the_policy():
-    """32 items of one log-probability and one reward, at every weight."""
-    scored = known_scored(torch.zeros(5, 32))._replace(logp=torch.zeros(5, 32))
-    metrics = adagrpo.metrics_of(scored, Config())
-    for weight in FUSION_WEIGHTS:
-        assert metrics[f"hr@10, w={weight}"].tolist() == [1, 1, 1, 0, 0]
-
-
 def test_the_fusion_weight_is_the_best_one_the_lowest_of_equals():
-    """Means 0, 1/2, 1/2, and 0 for all others."""
     validation = {f"hr@10, w={w}": torch.tensor([0.0, 0.0]) for w in FUSION_WEIGHTS}
     validation["hr@10, w=1"] = torch.tensor([1.0, 0.0])
     validation["hr@10, w=2"] = torch.tensor([0.0, 1.0])
     assert adagrpo.best_weight(validation) == 1
 
 
-def test_evaluation_is_the_metrics_of_all_users_and_draws_and_trains_nothing():
+def test_evaluation_is_the_metrics_of_all_users():
     """300 users, who come in three batches, against one batch of all."""
     policy, ranker = tiny_models()
     rng = np.random.default_rng(0)
     bought = rng.permuted(np.tile(np.arange(12), (300, 1)), axis=1)
     users = Split(bought[:, :3], bought[:, 3], np.zeros(300))
-    before = weights_of(policy)
-    state = torch.get_rng_state()
     metrics = adagrpo.evaluate(policy, ranker, users, Config())
-    assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(weights_of(policy), before)
-    history = torch.as_tensor(users.history)
-    target = torch.as_tensor(users.target)
-    scored = adagrpo.roll_out_and_score(policy, ranker, history, target, 32)
+    sample = (torch.as_tensor(users.history), torch.as_tensor(users.target))
+    scored = adagrpo.roll_out_and_score(policy, ranker, *sample, 32)
     assert_close(metrics, adagrpo.metrics_of(scored, Config()))
     assert scored.tokens.shape == (300, 13, 2)  # of 16 IDs 3 may have been bought
-    assert not any(metric.requires_grad for metric in metrics.values())
 
 
 def test_a_catalogue_of_six_items_of_one_token_goes_through_evaluation():
@@ -896,77 +673,7 @@ def test_a_catalogue_of_six_items_of_one_token_goes_through_evaluation():
     assert metrics["hallucination"].tolist() == [0, 0]
 
 
-# -------------------------------------------------------------------------- the tables
-
-
-def first_of_25(ones: int) -> torch.Tensor:
-    """1 for the first of 25 users, 0 for the others."""
-    return (torch.arange(25) < ones).float()
-
-
-def test_the_tables_by_hand(capsys):
-    """25 users, of whom the first 12 are of kind "head"; none is of kind "nobody".
-
-    On validation users w = 2 is best, and gives 10 of 25 on the test.
-    """
-    shop = tiny_shop()
-    shop.kinds = ("head", "tail", "nobody")
-    shop.test.kind = (np.arange(25) >= 12).astype(int)
-    validation = {f"hr@10, w={w}": first_of_25(3) for w in FUSION_WEIGHTS}
-    validation["hr@10, w=2"] = first_of_25(4)
-    test = {f"hr@10, w={w}": first_of_25(1) for w in FUSION_WEIGHTS}
-    test |= {"hr@10, w=0": first_of_25(8), "hr@10, w=2": first_of_25(10)}
-    test |= {"ndcg@10": first_of_25(7), "hallucination": first_of_25(5)}
-    test |= {"hard": first_of_25(24), "clear": first_of_25(14), "admit": first_of_25(6)}
-    adagrpo.print_premise(shop, validation, test)
-    adagrpo.print_results(shop, {"adagrpo": (validation, test, 1.25)})
-    cells = [line.split() for line in capsys.readouterr().out.splitlines()]
-    for row in (
-        "all head tail nobody",
-        "hr@10 32.0 66.7 0.0 nan",
-        "fused 40.0 83.3 0.0 nan",
-        "hard 96.0 100.0 92.3 nan",
-        "clear 56.0 100.0 15.4 nan",
-        "admit 24.0 50.0 0.0 nan",
-        "hr@10 head tail nobody fused w ndcg@10 halluc. dose tune",
-        "adagrpo 32.00 66.67 0.00 nan 40.00 2.00 28.00 20.00 1.25 12.00",
-    ):
-        assert row.split() in cells, row
-
-
-def test_the_printed_group_is_what_the_gate_saw(capsys):
-    policy, ranker = tiny_models()
-    users = tiny_shop().test
-    adagrpo.print_group(policy, ranker, users, 7, Config())
-    lines = capsys.readouterr().out.splitlines()
-    history = torch.as_tensor(users.history[7:8])
-    target = torch.as_tensor(users.target[7:8])
-    scored = adagrpo.roll_out_and_score(policy, ranker, history, target, 32)
-    rewards = scored.rewards[0].numpy()
-    advantages = (rewards - rewards.mean()) / rewards.std()
-    for place, line in enumerate(lines[-11:-1]):
-        name, *cells = line.split()
-        assert name == "-".join(map(str, scored.tokens[0, place].tolist()))
-        probability = scored.logp[0, place].exp().item()
-        expected = [probability, rewards[place], advantages[place]]
-        assert list(map(float, cells)) == pytest.approx(expected, abs=6e-4)
-    sample = (scored.target_reward, scored.rewards, scored.hit, scored.valid)
-    d, m = slow_diagnostics(*[x[0].tolist() for x in sample], ranked=True)
-    assert lines[-1].startswith(f"target: reward {scored.target_reward.item():.3g}, ")
-    assert f"admit {int(d >= 0.3 and m >= 0.01)}, " in lines[-1]
-    assert lines[-1].endswith(f"difficulty {d:.3g}, discriminability {m:.3g}")
-
-
 # ----------------------------------------------------------------------- the toy's data
-
-
-@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int32, np.int64])
-def test_a_split_takes_numbers_of_any_type_and_flipped_arrays(dtype):
-    history = np.arange(6, dtype=dtype).reshape(2, 3)[:, ::-1]
-    users = Split(history, np.array([7, 8], dtype=dtype), np.zeros(2))
-    assert torch.as_tensor(users.history).tolist() == [[2, 1, 0], [5, 4, 3]]
-    assert users.history.dtype == users.target.dtype == np.int64
-    tiny_models()[0].prompt(torch.as_tensor(users.history))
 
 
 @pytest.mark.parametrize("name", ["history", "target"])
@@ -997,6 +704,10 @@ def purchases_of(split: Split) -> np.ndarray:
     return np.column_stack([split.history, split.target])
 
 
+def users_of(*purchases: np.ndarray) -> set[tuple]:
+    return {tuple(row) for rows in purchases for row in rows}
+
+
 def test_nothing_comes_twice(shop):
     """No ID, no token in two levels, no item in a user's purchases (so no target in its
     own history) or in a slate, and no user in two splits.
@@ -1007,42 +718,22 @@ def test_nothing_comes_twice(shop):
     for rows in (*bought, shop.shown):
         assert (np.diff(np.sort(rows, axis=1), axis=1) > 0).all()
     histories = [shop.validation.history, shop.test.history, bought[0]]
-    users = [tuple(row) for rows in histories for row in rows]
-    assert len(set(users)) == len(users) == 99 + 1200 + 6000 + 1200
+    assert len(users_of(*histories)) == 99 + 1200 + 6000 + 1200
 
 
 def test_the_policy_is_trained_on_every_purchase_in_a_log(shop):
-    """Pre-trained on all that feed's viewers and post-training users bought last season,
+    """On all that viewers and post-training users bought last season in pre-training,
     which leaves the targets of post-training. Validation and test have other users.
     """
-    trained = {tuple(row) for row in purchases_of(shop.pretrain)}
-    assert len({tuple(row) for row in shop.feed_history}) > 5900  # of 6,000 viewers
-    for history in (shop.feed_history, shop.posttrain.history):
-        assert {tuple(row) for row in history} <= trained
+    assert len(users_of(shop.feed_history)) > 5900  # of 6,000 viewers
+    in_logs = users_of(shop.feed_history, shop.posttrain.history)
+    assert in_logs <= users_of(purchases_of(shop.pretrain))
 
 
 def test_the_feed_never_shows_what_the_viewer_has_bought(shop, fair_shop):
+    """And its bias touches what it shows, and nothing else."""
     for one in (shop, fair_shop):
         assert not (one.shown[:, :, None] == one.feed_history[:, None, :]).any()
-
-
-@pytest.mark.parametrize(
-    "changed", ["viewers", "posttrain", "validation", "test", "feed"]
-)
-def test_a_split_does_not_depend_on_the_sizes_of_others(changed):
-    """The feed is shown to the viewers, and depends on them."""
-    sizes = dict.fromkeys(toy_data.SIZES, 20)
-    one = make_shop(3, sizes=sizes)
-    other = make_shop(3, sizes=sizes | {changed: 30})
-    for name in {"posttrain", "validation", "test"} - {changed}:
-        expected = purchases_of(getattr(other, name))
-        assert np.array_equal(purchases_of(getattr(one, name)), expected), name
-    if changed not in ("viewers", "feed"):
-        assert np.array_equal(one.shown, other.shown)
-        assert np.array_equal(one.clicked, other.clicked)
-
-
-def test_the_bias_touches_what_the_feed_shows_and_nothing_else(shop, fair_shop):
     for name in SPLITS:
         expected = purchases_of(getattr(fair_shop, name))
         assert np.array_equal(purchases_of(getattr(shop, name)), expected), name
@@ -1050,57 +741,7 @@ def test_the_bias_touches_what_the_feed_shows_and_nothing_else(shop, fair_shop):
     assert not np.array_equal(shop.shown, fair_shop.shown)
 
 
-def test_purchases_are_draws_from_a_softmax():
-    """First draws with shares p; after item i, item j with share p_j / (1 - p_i)."""
-    p = np.array([0.1, 0.2, 0.3, 0.4])
-    logits = np.tile(np.log(p).astype(np.float32), (40_000, 1))
-    rng = np.random.default_rng(0)
-    first, second = toy_data.draw_without_replacement(rng, logits, 2).T
-    assert np.bincount(first) / 40_000 == pytest.approx(p, abs=0.013)
-    for i in range(4):
-        after = second[first == i]
-        share = np.bincount(after, minlength=4) / len(after)
-        expected = p / (1 - p[i])
-        expected[i] = 0
-        error = 5 * np.sqrt(0.25 / len(after))
-        assert share == pytest.approx(expected, abs=error)
-
-
-def test_clicks_are_looks_times_the_click_probability():
-    """Of 20,000 slates, at every place: within 5 standard errors of a binomial."""
-    rng = np.random.default_rng(0)
-    catalogue = toy_data.make_catalogue(rng)
-    quality, _ = toy_data.make_qualities(rng, catalogue)
-    taste = toy_data.to_length_one(rng.normal(size=(500, toy_data.TASTE_DIM)))
-    none = np.zeros(500, dtype=int)
-    users = Split(none[:, None], none, none)
-    viewer, shown, clicked = toy_data.show_feed(
-        rng, 20_000, 1.0, users, taste, catalogue, quality
-    )
-    for place in range(toy_data.SLATE):
-        items = shown[:, place]
-        appeal = (taste[viewer] * catalogue.embedding[items]).sum(1) + quality[items]
-        p = 1 / (1 + np.exp(-10 * (appeal - 0.9))) / math.sqrt(place + 1)
-        error = math.sqrt((p * (1 - p)).sum()) / 20_000
-        assert clicked[:, place].mean() == pytest.approx(p.mean(), abs=5 * error)
-
-
-def test_only_trend_items_change_with_the_season():
-    """Correlation 0.5 and the same spread, within 5 standard errors over many draws."""
-    rng = np.random.default_rng(0)
-    catalogue = toy_data.make_catalogue(rng)
-    draws = [toy_data.make_qualities(rng, catalogue) for _ in range(20)]
-    is_trend = catalogue.kind == "trend"
-    for last, this in draws:
-        assert (last[~is_trend] == this[~is_trend]).all()
-    last, this = np.stack(draws, axis=1)[:, :, is_trend].reshape(2, -1)
-    assert np.corrcoef(last, this)[0, 1] == pytest.approx(0.5, abs=0.05)
-    assert [last.std(), this.std()] == pytest.approx([0.19, 0.19], rel=0.03)
-
-
-def test_every_history_is_of_last_season_and_only_later_targets_and_clicks_of_this(
-    shop,
-):
+def test_only_targets_and_clicks_are_of_this_season(shop):
     """last - this / 2 is what only last season likes of a trend item, this - last / 2
     what only this season does: of what has been picked by one quality, the mean of its
     own share is well above 0, and of the other share it is not.
@@ -1120,17 +761,6 @@ def test_every_history_is_of_last_season_and_only_later_targets_and_clicks_of_th
         assert seasons(split.history) == [True, False], name
         assert seasons(split.target) == [name == "pretrain", name != "pretrain"], name
     assert seasons(shop.shown[shop.clicked]) == [False, True]
-
-
-def test_the_feed_shows_a_tenth_of_the_niche(shop, fair_shop):
-    """Of 192 items: a tenth within 3.5 standard errors. Without bias, all of them."""
-    shown = np.bincount(shop.shown.ravel(), minlength=toy_data.ITEMS)
-    fairly = np.bincount(fair_shop.shown.ravel(), minlength=toy_data.ITEMS)
-    niche = np.array(toy_data.CATEGORY_KIND)[shop.tokens[:, 0]] == "niche"
-    error = math.sqrt(0.1 * 0.9 / niche.sum())
-    assert (shown[niche] >= 20).mean() == pytest.approx(0.1, abs=3.5 * error)
-    assert (shown[~niche] >= 1).mean() > 0.99
-    assert (fairly[niche] >= 20).mean() > 0.99
 
 
 # ------------------------------------------------------------- the premise of the story
@@ -1169,16 +799,13 @@ def auc_of_all_items(shop: Shop, ranker: Ranker) -> list[float]:
     return by_kind(shop, (score < own).float().mean(1))
 
 
-def test_trend_users_are_hard_series_easy_and_niche_not_clear(shop, before):
+def test_the_gate_admits_mostly_trend_users_who_are_hard_and_clear(shop, before):
     hard = by_kind(shop, before["hard"])
     clear = by_kind(shop, before["clear"])
     assert hard[TREND] > 75
     assert hard[SERIES] < 35
     assert clear[TREND] > 60
     assert clear[NICHE] < 30
-
-
-def test_the_gate_admits_mostly_trend_users(shop, before):
     admitted = by_kind(shop, before["admit"])
     assert admitted[TREND] > 3 * max(admitted[SERIES], admitted[NICHE])
 
@@ -1202,24 +829,6 @@ def test_without_bias_the_niche_is_ranked_well(shop, fair_shop, policy, ranker, 
     assert by_kind(fair_shop, fair["clear"])[NICHE] > clear[NICHE] + 15
 
 
-def test_without_order_the_series_is_no_longer_easy(shop, before):
-    """A policy for series users alone, with more passes: the same purchases in another
-    order stay hard for it.
-    """
-    rng = np.random.default_rng(0)
-
-    def shuffled_series(split: Split) -> Split:
-        bought = rng.permuted(purchases_of(split)[split.kind == SERIES], axis=1)
-        return Split(bought[:, :-1], bought[:, -1], np.zeros(len(bought)))
-
-    mixed = replace(shop, pretrain=shuffled_series(shop.pretrain))
-    policy = adagrpo.pretrain(mixed, replace(SHORT, pretrain_epochs=6))
-    users = shuffled_series(shop.test)
-    metrics = adagrpo.evaluate(policy, Ranker(toy_data.ITEMS), users, SHORT)
-    hard = 100 * metrics["hard"].float().mean()
-    assert hard > by_kind(shop, before["hard"])[SERIES] + 15
-
-
 # ------------------------------------------------------------------------- the command
 
 
@@ -1230,10 +839,11 @@ def test_every_setting_has_an_option_and_a_default(capsys):
     with pytest.raises(SystemExit):
         adagrpo.command_line(["--help"])
     said = capsys.readouterr().out
+    least = {"seed": 0, "bias": 0, "weight": 0, "group": 2}  # allowed
     for field in fields(Config):
         option = f"--{field.name}"
         assert re.search(rf" {option} .*\s*\({field.default}\)\n", said), option
-        other = field.type(2 * field.default + 1)
+        other = field.type(least.get(field.name, 2 * field.default + 1))
         changed, _ = adagrpo.command_line([option, str(other)])
         assert changed == replace(Config(), **{field.name: other})
 
@@ -1261,13 +871,6 @@ def test_a_bad_option_ends_with_one_line_and_no_work(option, capsys, tmp_path):
     assert out == ""
     assert f"argument {name}:" in said
     assert value in said
-
-
-@pytest.mark.parametrize("option", ["--seed=0", "--bias=0", "--weight=0", "--group=2"])
-def test_the_least_value_of_an_option_is_allowed(option):
-    config, _ = adagrpo.command_line([option])
-    name, value = option.removeprefix("--").split("=")
-    assert getattr(config, name) == float(value)
 
 
 @pytest.fixture
@@ -1327,10 +930,8 @@ assert torch.equal(torch.get_rng_state(), state)
 assert torch.get_num_threads() == threads
 """
     command = [sys.executable, "-W", "error", "-c", code]
-    process = subprocess.run(
-        command, cwd=HERE, capture_output=True, text=True, check=False
-    )
-    assert (process.returncode, process.stdout, process.stderr) == (0, "", "")
+    end = subprocess.run(command, cwd=HERE, capture_output=True, check=False)
+    assert (end.returncode, end.stdout, end.stderr) == (0, b"", b"")
 
 
 # ------------------------------------------------------------------------------ README

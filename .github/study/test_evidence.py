@@ -330,3 +330,33 @@ def test_the_picture_is_drawn(tmp_path):
     for arm in evidence.SHORT:
         assert f"<!-- {arm} -->" in text
     assert (tmp_path / "b.svg").read_text() == text
+
+
+# ------------------------------------------------------------- README and the records
+
+HERE = Path(__file__).resolve().parent
+RECORDS = HERE / "records.jsonl"
+ROWS = {
+    "NLL": "nll",
+    "fixed mixture": evidence.MIXTURE,
+    "random gate": "random",
+    "level gate": "level-3.5",
+    "**AdaGRPO**": "adagrpo",
+}
+
+
+def test_the_readmes_table_is_the_records():
+    main, _, _ = evidence.read([RECORDS])
+    readme = (HERE.parents[1] / "README.md").read_text(encoding="utf-8")
+    lines = [line for line in readme.splitlines() if "±" in line]
+    rows = [line[2:-2].split(" | ") for line in lines]
+    assert [row[0] for row in rows] == list(ROWS)
+    for name, *figures in rows:
+        for metric, figure in zip(("hr@10", "hr@10 fused"), figures, strict=True):
+            sign = "+"
+            values = main.gain(ROWS[name], "nll", metric)
+            if name == "NLL":
+                sign = ""
+                values = main.levels("nll", metric)
+            mean, half = evidence.interval(values)
+            assert figure.replace("*", "") == f"{mean:{sign}.1f} ±{half:.1f}", name
