@@ -588,6 +588,26 @@ def test_every_pass_takes_each_sample_once_and_in_an_order_of_its_own():
     assert passes[0].tolist() != passes[1].tolist() != list(range(10))
 
 
+def test_the_learning_rate_warms_up_over_20_steps_and_decays_to_zero():
+    """Of 100 steps: 1/20, 2/20, ..., then the line from 1 to 0, in 0.80 at step 20.
+    Adam's first step is the rate times the sign of the gradient, and AdamW takes 1% of
+    the weights off: with a rate of 2 / 20 a weight of 1 falls by 0.1 + 0.001.
+    """
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.ones_(model.weight)
+    optimizer = adagrpo.Optimizer(model, lr=2.0, steps=100)
+    rates = []
+    for step in range(100):
+        rates.append(optimizer.adamw.param_groups[0]["lr"] / 2.0)
+        optimizer.step(3 * model.weight.sum())
+        assert model.weight.grad.item() == pytest.approx(1)  # 3, clipped
+        if step == 0:
+            assert model.weight.item() == pytest.approx(0.899)
+    assert rates[:3] == pytest.approx([0.05, 0.10, 0.15])
+    assert rates[19:22] == pytest.approx([0.81, 0.80, 0.79])
+    assert rates[-1] == pytest.approx(0.01)
+
+
 # ------------------------------------------------------------------------- the metrics
 
 
