@@ -301,6 +301,8 @@ def rankers_table(rankers: dict[str, Study], arms: list[str]) -> str:
     """From a good ranker to none: what it adds, what arms gain, what a diagnosis says."""
     rows = []
     for name, study in rankers.items():
+        if not study.runs:
+            continue
         answers = []
         for (_, arm), figures in sorted(study.runs.items()):
             if arm == "diagnosis":
@@ -418,8 +420,8 @@ def tables_of(
     noise = variation(studies, ranker="noise")
     rankers = {
         "200,000 slates": four,
-        "60,000 slates": variation(studies, slates=60_000, ranker_epochs=5),
-        "20,000 slates": variation(studies, slates=20_000, ranker_epochs=10),
+        "60,000 slates": variation(studies, slates=60_000, ranker_epochs=6),
+        "20,000 slates": variation(studies, slates=20_000, ranker_epochs=6),
         "exposure only": exposure,
         "noise": noise,
     }
@@ -436,7 +438,7 @@ def tables_of(
     }
     settings = [arm for _, arm in main.runs if "adagrpo" in arm and "," in arm]
     drawn = [arm for _, arm in main.runs if "draws" in arm]
-    settings = sorted(set(settings) - set(drawn))
+    settings = sorted(set(settings) - set(drawn) - set(ARMS))
     drawn = sorted(set(drawn))
     gates = ["mix-0.1", "mix-0.3", "mix-1", "random", "level-3.5", "adagrpo"]
     return {

@@ -100,7 +100,7 @@ def parse_arm(text: str, config: Config) -> Arm:
         else:
             raise ValueError(f"{text}: no setting {key} of an arm")
     weight = float(weight)
-    check({"weight": weight, **vars(config), **extra})
+    check(vars(config) | extra | {"weight": weight})
     return Arm(rule, weight, config, extra)
 
 

@@ -705,7 +705,8 @@ def test_the_evidence_finds_all_it_asks_for(run, monkeypatch):
     for name in ("short", "valid", "kinds", "premise", "leads", "training", "seeds"):
         assert "(one seed)" in tables[name] or name == "seeds"
         for line in tables[name].splitlines()[2:]:
-            assert "| - |" not in line, f"{name}: {line}"
+            if "a table of click rates" not in line:  # its clicks are not counted
+                assert "| - |" not in line, f"{name}: {line}"
             assert "nan" not in line, f"{name}: {line}"
     for arm in evidence.SHORT:
         assert f"| {arm} |" in tables["short"]
