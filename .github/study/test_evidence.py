@@ -338,7 +338,7 @@ HERE = Path(__file__).resolve().parent
 RECORDS = HERE / "records.jsonl"
 ROWS = {
     "NLL": "nll",
-    "fixed mixture": evidence.MIXTURE,
+    "best fixed mixture": evidence.MIXTURE,
     "random gate": "random",
     "level gate": "level-3.5",
     "**AdaGRPO**": "adagrpo",
