@@ -310,11 +310,12 @@ def rankers_table(rankers: dict[str, Study], arms: list[str]) -> str:
         counts = [
             f"{answer} x{answers.count(answer)}" for answer in sorted(set(answers))
         ]
-        row = [name, plus_minus(study.added("before"), "+")]
+        row = [name, str(len(study.level("nll", "hr@10")))]
+        row.append(plus_minus(study.added("before"), "+"))
         row.append(plus_minus(study.added("nll"), "+"))
         row += [against_nll(study, arm) for arm in arms]
         rows.append([*row, ", ".join(counts) or "-"])
-    head = ["ranker", "adds before", "adds after NLL", *arms, "diagnosis"]
+    head = ["ranker", "seeds", "adds before", "adds after NLL", *arms, "diagnosis"]
     return table(head, rows)
 
 
