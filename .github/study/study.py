@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The study: many seeds and arms of adagrpo.py, one line a record into a file.
 
-    python .github/study/study.py --seeds 0 1 --arms nll adagrpo mix-0.3 --out runs/a.jsonl
+    python .github/study/study.py --seeds 0 1 --arms nll adagrpo --out runs/a.jsonl
 
 It calls the functions of adagrpo.py and copies none. An arm is RULE, RULE-WEIGHT, and
 any settings of adagrpo.py behind commas: adagrpo-5,epochs=6,lr=1e-3. The rules:
