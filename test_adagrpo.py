@@ -255,14 +255,12 @@ def test_loss_and_gradient_against_a_slow_loop():
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 @pytest.mark.parametrize("place", ["target", "negative", "hit", "hallucination"])
 def test_a_reward_that_is_not_finite_never_reaches_a_gradient(bad, place):
-    """Of the target or a negative it closes the gate. Nobody asks for the others: m
-    stays 0.9 - 0.1. The group's advantages are 0.
-    """
+    """Of the target or a negative it closes the gate; of others m stays 0.9 - 0.1."""
     reward = {"target": 0.9, "negative": 0.1, "hit": 0.2, "hallucination": 0.0}
     reward[place] = bad
     target_reward, *rewards = reward.values()
-    hit, valid = [[0, 1, 0]], [[1, 1, 0]]
-    result = gate([target_reward], [rewards], hit, valid, min_difficulty=0.3)
+    hit = [[0, 1, 0]]
+    result = gate([target_reward], [rewards], hit, [[1, 1, 0]], min_difficulty=0.3)
     assert result.admit.item() == (place in ("hit", "hallucination"))
     if result.admit:
         assert result.discriminability.item() == pytest.approx(0.8)
@@ -441,7 +439,9 @@ def test_a_group_is_the_likeliest_ids_that_have_not_been_bought(group, bought):
         expected = []
         for place in logp.argsort(descending=True).tolist():
             ID = every_id[place].tolist()
-            item = known.index(ID) if ID in known else -1
+            item = -1
+            if ID in known:
+                item = known.index(ID)
             if item not in history[b].tolist():
                 expected.append((ID, item, logp[place].item()))
         IDs, items, logps = zip(*expected[: min(group, 16 - bought)], strict=True)
@@ -589,7 +589,7 @@ def test_every_pass_takes_each_sample_once_and_in_an_order_of_its_own():
 
 
 def test_the_learning_rate_warms_up_over_20_steps_and_decays_to_zero():
-    """Of 100 steps: 1/20, 2/20, ..., then the line from 1 to 0, in 0.80 at step 20.
+    """Of 100 steps: 1/20, 2/20, ..., then the line from 1 to 0, 0.80 at step 20.
     Adam's first step is the rate times the sign of the gradient, and AdamW takes 1% of
     the weights off: with a rate of 2 / 20 a weight of 1 falls by 0.1 + 0.001.
     """
@@ -626,9 +626,8 @@ def known_scored(rewards, target_reward=(0.5,) * 5) -> Scored:
 
 
 def test_metrics_by_hand():
-    """NDCG is 1 / log2(1 + rank). The difficulty is the rank less 1, over 32: by default a
-    sample is hard if its target is not in the first ten. All rewards are 0.25, so that
-    m is 0.25 or, for targets of score 0.25 and 0.2, 0 and -0.05.
+    """NDCG is 1 / log2(1 + rank); hard: the target is not in the first ten. All rewards
+    are 0.25, so that m is 0.25 or, for targets of score 0.25 and 0.2, 0 and -0.05.
     """
     scored = known_scored(torch.full((5, 32), 0.25), (0.5, 0.25, 0.5, 0.5, 0.2))
     metrics = adagrpo.metrics_of(scored, Config())
