@@ -4,10 +4,10 @@
 A policy, a small GPT, writes the semantic ID of the item that a user buys next: L
 tokens, from the coarse category to the single item. A ranker, a model of clicks, scores
 what it wrote. The ranker is right about some users and wrong about others, because it
-learned from clicks on a feed, the lists that a shop shows of its own choice. AdaGRPO
-trains on EVERY sample with supervised NLL and admits the GRPO term sample by sample:
-only where the policy finds the sample hard AND the ranker puts the true item above the
-average of what the policy wrote instead.
+learned from clicks on a feed, where the shop decides what is shown. AdaGRPO trains on
+EVERY sample with supervised NLL and admits the GRPO term sample by sample: only where
+the policy finds the sample hard AND the ranker puts the true item above the average of
+what the policy wrote instead.
 
 A sample is one user: a history x, and a target y, the true item, which was bought next.
 An ID that names no item is a hallucination. r is the reward of an ID: the ranker's
@@ -84,7 +84,7 @@ def adagrpo_gate(
     """Eq. (2)-(4): admit GRPO where the policy finds it hard and the ranker is clear.
 
     How to choose the thresholds: min_difficulty = k / G means "not among the first k";
-    min_discriminability is about a tenth of the spread of your scores. Draws have no
+    min_discriminability is about a tenth of the std of your scores. Draws have no
     order: with ranked=False the difficulty is the share of misses, so that for 8 draws
     0.9 means "no hit". A score of target or negative that is nan or infinite closes the
     gate. Source: the paper's two diagnostics and 0/1 gate; the formulas are ours.
@@ -118,7 +118,7 @@ def group_advantages(rewards: Tensor) -> Tensor:
     """Eq. (5): rewards (B, G) -> standardised in each group (B, G), without gradient.
 
     A group that is flat up to rounding gets exactly 0, and so does one with a reward
-    that is not finite. If scores can be negative, a hallucination has to score below
+    that is not finite. If your scores can be negative, a hallucination has to score below
     every item: by one std of the scores, say. Source: GRPO; flat groups are ours.
     """
     rewards = rewards.detach().float()
@@ -150,8 +150,8 @@ def grpo_loss(
 def adagrpo_loss(nll: Tensor, grpo: Tensor, admit: Tensor, weight: float) -> Tensor:
     """Eq. (7): nll (B,), grpo (B,), admit (B,) bool -> a scalar.
 
-    GRPO teaches the RANKER'S order of the group. The true item, which half of the
-    admitted groups lack, only decides whether to listen. The mean is over all samples,
+    GRPO teaches the RANKER'S order of the group. The true item, which need not be in
+    it, only decides whether to listen. The mean is over all samples,
     so GRPO counts with weight * admission rate, its dose. The NLL is a SUM over the
     item's L tokens, like logp. Source: the paper's idea; weight and denominator ours.
     """
@@ -390,7 +390,7 @@ class Optimizer:
 
 
 def shuffled_batches(samples: int, batch: int, epochs: int) -> tuple[Tensor, ...]:
-    """Row numbers of each batch; every pass has its order, and a batch may span two."""
+    """Row numbers of each batch; each pass has its own order, a batch may span two."""
     passes = [torch.randperm(samples) for _ in range(epochs)]
     return torch.cat(passes).split(batch)
 
@@ -398,7 +398,7 @@ def shuffled_batches(samples: int, batch: int, epochs: int) -> tuple[Tensor, ...
 def pretrain(shop: Shop, config: Config) -> Policy:
     """A policy trained by next-token NLL on last season's sequences of purchases."""
     torch.manual_seed(config.seed)
-    N, H = shop.pretrain.history.shape
+    N, H = shop.pretrain.history.shape  # H items: all that the policy can read
     policy = Policy(torch.as_tensor(shop.tokens), history_length=H)
 
     purchases = np.column_stack([shop.pretrain.history, shop.pretrain.target])
@@ -512,7 +512,7 @@ def roll_out_and_score(
     items = items[row, kept]  # (B, G)  eq. (1)
 
     valid = items >= 0
-    hit = valid & (items == target[:, None])
+    hit = items == target[:, None]
     with torch.no_grad():  # the ranker learns nothing here
         scores = ranker.click_probability(history, items.clamp(min=0))
         rewards = torch.where(valid, scores, 0.0)
@@ -536,10 +536,11 @@ def gate_of(scored: Scored, config: Config) -> Gate:
 
 
 def make_arms(config: Config) -> dict[str, tuple]:
-    """The arms that are compared: a rule, who gets GRPO, and its weight there."""
+    """The arms that are compared: whom GRPO joins (a rule), and with what weight."""
     return {
         "nll": (None, 0.0),  # no GRPO, so nothing has to be rolled out
         "mix-1": (lambda gate: torch.ones_like(gate.admit), 1.0),  # a fixed mixture
+        # Weight 5 for the fifth that is admitted: about as much GRPO as mix-1 gives.
         "adagrpo": (lambda gate: gate.admit, config.weight),
     }
 
@@ -549,7 +550,7 @@ def post_train(
     ranker: Ranker,
     split: Split,
     rule: Callable[[Gate], Tensor] | None,  # (B,) bool: who gets GRPO; None: nobody
-    weight: float,
+    weight: float,  # of GRPO in this arm
     config: Config,
     label: str | None = None,  # of the printed lines; None: print nothing
 ) -> float:
@@ -605,11 +606,11 @@ def mean_of(log: list[dict[str, Tensor]], name: str) -> float:
 
 BEAMS = 32  # in every evaluation, whatever the groups of the training
 
-# The baseline without RL asks the ranker at every request: it sorts the policy's beams
-# by log-probability + w * reward, called fused. With w = 0 it is the policy alone.
+# Fused: the ranker is asked at every request, and the beams are sorted by
+# log-probability + w * reward. With w = 0 it is the policy alone.
 FUSION_WEIGHTS = (0, 1, 2, 4, 8, 16, 32)
 
-Metrics = dict[str, Tensor]  # by name; (N,) each
+Metrics = dict[str, Tensor]  # such as "hr@10, w=4": (N,), a figure of each user
 
 
 def metrics_of(scored: Scored, config: Config) -> Metrics:
@@ -639,14 +640,14 @@ def evaluate(policy: Policy, ranker: Ranker, split: Split, config: Config) -> Me
     """Metrics of all users of a split, on 32 beams each."""
     all_histories = torch.as_tensor(split.history)  # (N, K)
     all_targets = torch.as_tensor(split.target)  # (N,)
-    batches = []
-    users = torch.arange(len(all_targets)).split(128)
-    for rows in tqdm(users, "evaluation", leave=False, disable=None):
+    batches = torch.arange(len(all_targets)).split(128)
+    parts = []
+    for rows in tqdm(batches, "evaluation", leave=False, disable=None):
         history = all_histories[rows]
         target = all_targets[rows]
         scored = roll_out_and_score(policy, ranker, history, target, BEAMS)
-        batches.append(metrics_of(scored, config))
-    return {name: torch.cat([m[name] for m in batches]) for name in batches[0]}
+        parts.append(metrics_of(scored, config))
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def percent(metric: Tensor) -> float:
@@ -735,7 +736,11 @@ def by_kind(shop: Shop, metric: Tensor) -> list[float]:
 
 
 def print_premise(shop: Shop, validation: Metrics, test: Metrics) -> None:
-    """Before any post-training: does the ranker know what the policy does not?"""
+    """Before any post-training: does the ranker know what the policy does not?
+
+    Three kinds of users: trend users buy what is in fashion, which clicks show; series
+    users buy in an order that clicks do not show; niche users buy what the feed hides.
+    """
     print("\nBefore post-training, percent of test users. fused: hr@10 if the ranker")
     print("helps to sort. hard, clear, admit: so many, says the gate.\n")
     print_row("", ["all", *shop.kinds])
@@ -770,9 +775,7 @@ def print_group(
 def print_results(shop: Shop, results: dict[str, tuple]) -> None:
     """results: arm -> metrics of validation users, of test users, and the dose."""
     print("\nTest users, percent. hr@10: the policy alone. fused: with the ranker at")
-    print(
-        "every request. dose: weight * share admitted. tune: hr@10, validation users.\n"
-    )
+    print("every request. dose: weight * share admitted. tune: validation hr@10.\n")
     titles = ["fused", "ndcg@10", "halluc.", "dose", "tune"]
     print_row("", ["hr@10", *shop.kinds, *titles])
     for arm, (validation, test, dose) in results.items():

@@ -4,8 +4,9 @@
     python .github/diagnose.py scores.npz
 
 Diagnose the policy that NLL has finished: what NLL teaches as well is no reason for
-GRPO. scores.npz (numpy.savez) holds N samples with G rollouts each, of users whom
-neither the policy nor the ranker was trained on; scores of others say yes to anything.
+GRPO. scores.npz (numpy.savez) holds N samples with G rollouts each, of which neither
+the policy nor the ranker has learned: later purchases, or other users. Scores of what
+they have learned say yes to anything. Some thousand samples decide; see Undecided.
 
   rewards (N, G)      the ranker's scores of the rollouts, in any unit
   target_reward (N,)  its score of the true item

@@ -25,7 +25,7 @@ STEPS = 20  # in a turn
 def main() -> None:
     torch.set_num_threads(1)
     config = replace(adagrpo.Config(), users=8 * STEPS, epochs=1)
-    shop = make_shop(0, sizes={"posttrain": config.users, "pretrain": 1, "feed": 1})
+    shop = make_shop(0, sizes={"posttrain": config.users, "viewers": 1, "feed": 1})
     tokens = torch.as_tensor(shop.tokens)
     policy = adagrpo.Policy(tokens, shop.test.history.shape[1])
     ranker = adagrpo.Ranker(len(tokens))
