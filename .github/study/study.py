@@ -63,7 +63,7 @@ LEVEL = 0.1  # in the unit of the ranker's scores
 SPREAD = 0.1
 TEST_USERS = 12_000
 VALIDATION_USERS = 3_000
-RANKERS = ("clicks", "exposure", "noise")
+RANKERS = ("clicks", "rates", "exposure", "noise")
 
 # Settings of adagrpo.py that an arm can change, and settings of its own.
 SETTINGS = {"epochs": int, "batch": int, "lr": float, "group": int}
@@ -388,6 +388,8 @@ def prepare(config: Config, world: dict) -> tuple[Shop, Policy, Ranker]:
     with mock.patch.object(toy_data, "SEASON_CORRELATION", correlation):
         shop = toy_data.make_shop(config.seed, config.bias, sizes)
     policy = adagrpo.pretrain(shop, config)
+    if world["ranker"] == "rates":
+        return shop, policy, Table(click_rates(shop))
     if world["ranker"] == "exposure":
         return shop, policy, Table(times_shown(shop) / times_shown(shop).max())
     if world["ranker"] == "clicks":

@@ -416,7 +416,7 @@ def test_shown_and_clicked_are_counted_by_hand():
 
 def test_a_world_of_its_own(monkeypatch):
     """With correlation 1 no quality changes; a ranker of noise is not trained, and its
-    scores differ; one of exposure counts.
+    scores differ; one of exposure counts, and one of rates divides.
     """
     monkeypatch.setattr(adagrpo, "train_ranker", None)  # a call would fail
     monkeypatch.setattr(adagrpo, "pretrain", lambda shop, config: None)
@@ -435,6 +435,10 @@ def test_a_world_of_its_own(monkeypatch):
     rarely, often = np.argsort(study.times_shown(shop))[[0, -1]]
     scores = ranker.click_probability(None, torch.tensor([[rarely, often]]))
     assert 0 <= scores[0, 0] < scores[0, 1] == 1
+
+    shop, _, ranker = study.prepare(CONFIG, WORLD | {"ranker": "rates"})
+    scores = ranker.click_probability(None, torch.tensor([[rarely, often]]))[0]
+    assert scores.numpy() == pytest.approx(study.click_rates(shop)[[rarely, often]])
 
 
 @pytest.mark.parametrize("correlation", [0.5, 0.0])
