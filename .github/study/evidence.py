@@ -16,6 +16,7 @@ requirements.txt.
 import argparse
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -32,6 +33,7 @@ DEFAULTS = {
     "slates": toy_data.SIZES["feed"],
     "viewers": toy_data.SIZES["viewers"],
     "ranker": "clicks",
+    "everybody": False,
     "season_correlation": toy_data.SEASON_CORRELATION,
     "max_grad_norm": MAX_GRAD_NORM,
 }
@@ -50,8 +52,16 @@ CLAIMS = {
 }
 SHORT = ["nll", MIXTURE, "random", "level-3.5", "adagrpo"]
 ARMS = ["before", "nll", "nll,epochs=4", "whole", "clicks", "mix-0.1", *CLAIMS[2]]
-ARMS += ["mix-1", *CLAIMS[4], *CLAIMS[3], "level-3.5", "spread-3.3", "oracle-1.6"]
-ARMS += ["adagrpo-2.5", "adagrpo", "adagrpo-10"]
+ARMS += [
+    "mix-1",
+    "mix-3",
+    *CLAIMS[4],
+    *CLAIMS[3],
+    "level-3.5",
+    "spread-3.3",
+    "oracle-1.6",
+]
+ARMS += ["adagrpo-2.5", "adagrpo", "adagrpo-10", "adagrpo,clicks=1"]
 
 STRATA = [
     f"{sure}, {often}"
@@ -152,24 +162,28 @@ def paired(ours: dict[int, float], theirs: dict[int, float]) -> list[float]:
     return [value - theirs[seed] for seed, value in ours.items() if seed in theirs]
 
 
-def read(files: list[Path]) -> tuple[Study, list[Study], list[dict]]:
-    """The main study, its variations, and the records of development seeds."""
-    studies: dict[str, Study] = {}
-    development = []
+def read(files: list[Path]) -> tuple[Study, list[Study], list[Study]]:
+    """The main study, its variations, and the studies of development seeds."""
+    fresh: dict[str, Study] = {}
+    development: dict[str, Study] = {}
     for file in files:
         for line in file.read_text(encoding="utf-8").splitlines():
             record = json.loads(line)
-            if record["seed"] in DEVELOPMENT:
-                development.append(record)
-                continue
             changes = {k: v for k, v in record["world"].items() if v != DEFAULTS[k]}
+            studies = fresh
+            figures = record["figures"]
+            if record["seed"] in DEVELOPMENT:
+                studies = development
+                hr = figures["validation"]  # by w
+                fused = max(value for w, value in hr.items() if w != "w")
+                figures = {"validation": {"alone": hr["0"], "fused": fused}}
             study = studies.setdefault(json.dumps(changes), Study(changes))
-            study.runs[record["seed"], record["arm"]] = record["figures"]
+            study.runs[record["seed"], record["arm"]] = figures
 
-    main = studies.pop("{}", None)
+    main = fresh.pop("{}", None)
     if main is None:
         sys.exit("evidence.py: no record has the defaults of adagrpo.py")
-    return main, list(studies.values()), development
+    return main, list(fresh.values()), list(development.values())
 
 
 def variation(studies: list[Study], **changes) -> Study:
@@ -347,24 +361,58 @@ def training_table(study: Study, arms: list[str]) -> str:
     return table(head, rows)
 
 
-def development_table(records: list[dict]) -> str:
-    """HR@10 of the validation users of development seeds, by world and arm."""
-    levels: dict[tuple, dict[int, float]] = {}
-    for record in records:
-        changes = {k: v for k, v in record["world"].items() if v != DEFAULTS[k]}
-        name = ", ".join(f"{key} {value}" for key, value in changes.items())
-        validation = record["figures"]["validation"]
-        best_fused = max(value for w, value in validation.items() if w != "w")
-        by_seed = levels.setdefault((name, record["arm"]), {})
-        by_seed[record["seed"]] = (validation["0"], best_fused)
+def split_name(arm: str) -> tuple[str, str]:
+    """adagrpo-2,draws=8,lr=1e-3 -> adagrpo, drawn and 2, draws=8, lr=1e-3."""
+    name, *settings = arm.split(",")
+    rule, _, weight = name.rpartition("-")
+    if weight.replace(".", "").isdigit():
+        settings.insert(0, weight)
+    else:
+        rule = name
+    if any(setting.startswith("draws=") for setting in settings):
+        rule += ", drawn"
+    return rule, ", ".join(settings) or "default"
+
+
+def development_table(development: list[Study]) -> str:
+    """HR@10 of validation users less nll's: a row for each rule, its settings in it."""
+    study = variation(development)
+    cells: dict[str, list[str]] = {}
+    for arm in sorted({arm for _, arm in study.runs}, key=natural):
+        rule, settings = split_name(arm)
+        gains = study.gain(arm, "nll", "alone", "validation")
+        if arm not in ("nll", "before") and gains:
+            cell = f"{settings}: {plus_minus(gains, '+')}"
+            if 1 < len(gains) < len(study.level("nll", "alone", "validation")):
+                cell += f" ({len(gains)} seeds)"
+            cells.setdefault(rule, []).append(cell)
+    rows = [[rule, "; ".join(row)] for rule, row in sorted(cells.items())]
+    return table(["arm", "settings: points over nll"], rows)
+
+
+def natural(arm: str) -> list:
+    """A key that sorts numbers in a name by their value."""
+    parts = re.split(r"(\d+\.?\d*(?:e-?\d+)?)", arm)
+    return [(i % 2, float(part) if i % 2 else part) for i, part in enumerate(parts)]
+
+
+def grid_table(
+    development: list[Study], arm: str, metric: str, fixed: tuple, tuned: tuple
+) -> str:
+    """An arm's HR@10 of validation users by settings, and less that of the defaults."""
     rows = []
-    for (world, arm), by_seed in sorted(levels.items()):
-        alone = [f"{by_seed[s][0]:.1f}" if s in by_seed else "-" for s in DEVELOPMENT]
-        means = np.mean(list(by_seed.values()), axis=0)
-        name = ", ".join(part for part in (arm, world) if part)
-        rows.append([name, *alone, f"{means[0]:.2f}", f"{means[1]:.2f}"])
-    seeds = [str(seed) for seed in DEVELOPMENT]
-    return table(["arm", *seeds, "mean", "mean, fused"], rows)
+    for study in development:
+        levels = study.level(arm, metric, "validation")
+        if levels and study.changes.keys() <= {*fixed, *tuned}:
+            changes = {k: v for k, v in study.changes.items() if k in fixed}
+            base = variation(development, **changes).level(arm, metric, "validation")
+            settings = [study.changes.get(k, DEFAULTS[k]) for k in (*fixed, *tuned)]
+            gains = paired(levels, base)
+            mean = f"{np.mean(list(levels.values())):.2f}"
+            rows.append([*settings, mean, plus_minus(gains, "+")])
+    rows.sort(key=lambda row: row[: len(fixed) + len(tuned)])
+    head = [*fixed, *tuned, f"HR@10, {arm}", "less the default's"]
+    return table(head, [[f"{cell}" for cell in row] for row in rows])
 
 
 def seeds_table(main: Study, arms: list[str]) -> str:
@@ -413,7 +461,7 @@ def draw(main: Study, arms: list[str], file: Path) -> None:
 
 
 def tables_of(
-    main: Study, studies: list[Study], development: list[dict]
+    main: Study, studies: list[Study], development: list[Study]
 ) -> dict[str, str]:
     """All tables by the name that stands in words.md."""
     four = main.only({seed for study in studies for seed in study.seeds()})
@@ -423,6 +471,7 @@ def tables_of(
         "200,000 slates": four,
         "60,000 slates": variation(studies, slates=60_000, ranker_epochs=6),
         "20,000 slates": variation(studies, slates=20_000, ranker_epochs=6),
+        "click rates": variation(studies, ranker="rates"),
         "exposure only": exposure,
         "noise": noise,
     }
@@ -434,6 +483,7 @@ def tables_of(
         "season correlation 1": variation(studies, season_correlation=1.0),
         "pre-training of 4 passes": variation(studies, pretrain_epochs=4),
         "pre-training of 24 passes": variation(studies, pretrain_epochs=24),
+        "all histories pre-trained on": variation(studies, everybody=True),
         "18,000 viewers": variation(studies, viewers=18_000),
         "gradients cut at 50": variation(studies, max_grad_norm=50.0),
     }
@@ -441,7 +491,7 @@ def tables_of(
     drawn = [arm for _, arm in main.runs if "draws" in arm]
     settings = sorted(set(settings) - set(drawn) - set(ARMS))
     drawn = sorted(set(drawn))
-    gates = ["mix-0.1", "mix-0.3", "mix-1", "random", "level-3.5", "adagrpo"]
+    gates = ["mix-0.1", "mix-0.3", "mix-1", "mix-3", "random", "level-3.5", "adagrpo"]
     return {
         "short": arms_table(main, SHORT),
         "claims": claims_table(main),
@@ -457,6 +507,12 @@ def tables_of(
         "drawn": arms_table(main, ["nll", *drawn]),
         "training": training_table(main, [*ARMS, *settings, *drawn]),
         "development": development_table(development),
+        "pretraining": grid_table(
+            development, "nll", "alone", (), ("pretrain_lr", "pretrain_epochs")
+        ),
+        "passes": grid_table(
+            development, "before", "fused", ("slates",), ("ranker_epochs",)
+        ),
         "seeds": seeds_table(main, SHORT),
     }
 

@@ -21,11 +21,12 @@ any settings of adagrpo.py behind commas: adagrpo-5,epochs=6,lr=1e-3. The rules:
 
 With draws=N a group is N draws in any order in place of 32 beams (draws of what the
 user has are drawn again), and the difficulty is the share of misses:
-adagrpo-2,draws=8,min_difficulty=0.9.
+adagrpo-2,draws=8,min_difficulty=0.9. With clicks=1 any arm learns the clicks first.
 
 The options --bias, --pretrain_epochs, --ranker_epochs, --group, ... are the settings of
 adagrpo.py; --slates, --viewers, --ranker, --season_correlation, --max_grad_norm
-change the world.
+change the world. With --everybody the histories of validation and test users, too, are
+pre-trained on.
 --validation skips the test users: to tune. A record is {seed, arm, world, figures};
 figures are {group of test users: {metric: value}} in percent (dwell in seconds). It is
 saved when its arm ends. What the file holds is not run again, so a run that was stopped
@@ -68,7 +69,7 @@ RANKERS = ("clicks", "rates", "exposure", "noise")
 # Settings of adagrpo.py that an arm can change, and settings of its own.
 SETTINGS = {"epochs": int, "batch": int, "lr": float, "group": int}
 SETTINGS |= {"min_difficulty": float, "min_discriminability": float}
-EXTRA = {"w": 8.0, "steps": 1600, "click_lr": 3e-4, "draws": 0}
+EXTRA = {"w": 8.0, "steps": 1600, "click_lr": 3e-4, "clicks": 0, "draws": 0}
 
 
 class Arm(NamedTuple):
@@ -107,7 +108,7 @@ def parse_arm(text: str, config: Config) -> Arm:
 def check(numbers: dict) -> None:
     """ValueError names what is negative or not finite, or a count of 0."""
     for name, value in numbers.items():
-        is_count = isinstance(value, int) and name not in ("seed", "draws")
+        is_count = isinstance(value, int) and name not in ("seed", "clicks", "draws")
         if not isinstance(value, str) and not is_count <= value < math.inf:
             raise ValueError(f"{name}: {value}")
 
@@ -330,7 +331,7 @@ def post_trained(
     policy = copy.deepcopy(start)
     if arm.rule == "before":
         return policy, {}
-    if arm.rule == "clicks":
+    if arm.rule == "clicks" or arm.extra["clicks"]:
         learn_clicks(policy, shop, arm)
     if arm.rule == "whole":
         learn_whole(policy, shop, arm.config)
@@ -379,6 +380,18 @@ def click_rates(shop: Shop) -> np.ndarray:
     return (clicks + 1) / (times_shown(shop) + 20)
 
 
+def histories_of_everybody(shop: Shop) -> Split:
+    """What is pre-trained on, with the histories of those who are tested."""
+    users = [shop.validation, shop.test]
+    old = [split.history[:, :-1] for split in users]
+    last = [split.history[:, -1] for split in users]
+    return Split(
+        np.concatenate([shop.pretrain.history, *old]),
+        np.concatenate([shop.pretrain.target, *last]),
+        np.concatenate([shop.pretrain.kind, *[split.kind for split in users]]),
+    )
+
+
 def prepare(config: Config, world: dict) -> tuple[Shop, Policy, Ranker]:
     """A seed's shop, pre-trained policy and ranker."""
     sizes = {"posttrain": config.users, "feed": world["slates"]}
@@ -387,6 +400,8 @@ def prepare(config: Config, world: dict) -> tuple[Shop, Policy, Ranker]:
     correlation = world["season_correlation"]
     with mock.patch.object(toy_data, "SEASON_CORRELATION", correlation):
         shop = toy_data.make_shop(config.seed, config.bias, sizes)
+    if "everybody" in world:
+        shop = replace(shop, pretrain=histories_of_everybody(shop))
     policy = adagrpo.pretrain(shop, config)
     if world["ranker"] == "rates":
         return shop, policy, Table(click_rates(shop))
@@ -609,6 +624,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--slates", type=int, default=toy_data.SIZES["feed"], help="of the feed")
     add("--viewers", type=int, default=toy_data.SIZES["viewers"])
     add("--ranker", choices=RANKERS, default=RANKERS[0])
+    add("--everybody", action="store_true", help="pre-train on tested users, too")
     add("--season_correlation", type=float, default=toy_data.SEASON_CORRELATION)
     add("--max_grad_norm", type=float, default=adagrpo.MAX_GRAD_NORM)
     for field in fields(Config):
@@ -620,8 +636,10 @@ def main(argv: list[str] | None = None) -> None:
 
     world = {}
     for name, value in vars(options).items():
-        if name not in ("seeds", "arms", "out", "validation"):
+        if name not in ("seeds", "arms", "out", "validation", "everybody"):
             world[name] = value
+    if options.everybody:
+        world["everybody"] = True
     settings = {name: world[name] for name in vars(Config()) if name != "seed"}
     config = Config(**settings)
     arms = list(dict.fromkeys(options.arms))

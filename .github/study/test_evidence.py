@@ -137,23 +137,56 @@ def test_a_group_that_is_empty_for_a_seed_is_left_out():
 # -------------------------------------------------------------------------- the studies
 
 
+def tuning(seed: int, arm: str, alone: float, **changes) -> dict:
+    """A development record; fused: 7 with the best w, whichever it is."""
+    one = record(seed, arm, 99.0, **changes)
+    one["figures"]["validation"] = {"0": alone, "4": 7.0, "8": 6.0, "w": 32}
+    return one
+
+
 def test_development_seeds_speak_through_validation_users_only(tmp_path):
-    """Their test users say 99. Fused: 7 with the best w, whichever it is."""
-    one = record(3, "adagrpo", 99.0)
-    one["figures"]["validation"] = {"0": 5.0, "4": 7.0, "8": 6.0, "w": 32}
-    only_validation = record(4, "adagrpo", 0.0)
-    only_validation["figures"] = {"validation": {"0": 6.0, "4": 8.0}}
-    other = record(3, "adagrpo", 0.0, bias=0.5)
-    file = write(tmp_path / "a.jsonl", [*main_records(), one, only_validation, other])
+    """Their test users say 99. Seeds 3 and 4 ran both arms: 1.5 and 2.5 more."""
+    records = [tuning(3, "nll", 3.0), tuning(4, "nll", 3.0), tuning(2, "nll", 0.0)]
+    records += [
+        tuning(3, "adagrpo-2,lr=1e-3", 4.5),
+        tuning(4, "adagrpo-2,lr=1e-3", 5.5),
+    ]
+    del records[-1]["figures"]["all"]  # --validation has no test users
+    records += [tuning(3, "adagrpo-10", 5.0), tuning(3, "adagrpo-2,draws=8", 6.0)]
+    records += [tuning(3, "whole", 2.0), tuning(3, "whole", 9.0, bias=0.5)]
+    file = write(tmp_path / "a.jsonl", [*main_records(), *records])
     study, variations, development = evidence.read([file])
     assert study.seeds() == {60, 61, 62}
     assert variations == []
-    table = evidence.development_table(development)
-    first, second = cells(table)
-    assert first == ["adagrpo", "-", "-", "-", "5.0", "6.0", "5.50", "7.50"]
-    assert second[0] == "adagrpo, bias 0.5"
+    half = 12.706 * 0.5
+    assert cells(evidence.development_table(development)) == [
+        ["adagrpo", f"2, lr=1e-3: +2.00 ±{half:.2f} (2 seeds); 10: +2.00 (one seed)"],
+        ["adagrpo, drawn", "2, draws=8: +3.00 (one seed)"],
+        ["whole", "default: -1.00 (one seed)"],
+    ]
     everything = evidence.tables_of(study, variations, development)
     assert "99.0" not in "".join(everything.values())
+
+
+def test_grids_compare_with_the_default_on_the_same_seeds(tmp_path):
+    """Slates are fixed: a small feed's ranker is compared with its own three passes."""
+    records = [tuning(0, "nll", 5.0), tuning(1, "nll", 7.0)]
+    records += [tuning(1, "nll", 6.0, pretrain_epochs=4), tuning(1, "nll", 1.0, bias=0)]
+    records += [tuning(0, "before", 1.0), tuning(0, "before", 1.0, slates=50)]
+    records.append(tuning(0, "before", 1.0, slates=50, ranker_epochs=10))
+    records[-1]["figures"]["validation"]["4"] = 6.5
+    file = write(tmp_path / "a.jsonl", [*main_records(), *records])
+    main, variations, development = evidence.read([file])
+    tables = evidence.tables_of(main, variations, development)
+    assert cells(tables["pretraining"]) == [
+        ["0.005", "4", "6.00", "-1.00 (one seed)"],
+        ["0.005", "12", "6.00", "+0.00 ±0.00"],
+    ]
+    assert cells(tables["passes"]) == [
+        ["50", "3", "7.00", "+0.00 (one seed)"],
+        ["50", "10", "6.50", "-0.50 (one seed)"],
+        ["200000", "3", "7.00", "+0.00 (one seed)"],
+    ]
 
 
 def test_a_variation_has_its_own_records_only(tmp_path):
@@ -278,7 +311,9 @@ def test_every_arm_with_settings_or_draws_has_a_row(tmp_path):
 
 def full_records() -> list[dict]:
     """Main study, variations and development."""
-    records = [*main_records(), record(0, "nll", 30), record(1, "adagrpo", 31)]
+    records = [*main_records(), record(0, "nll", 30), record(0, "adagrpo", 31)]
+    records += [record(0, "whole", 30), record(0, "nll", 29, pretrain_epochs=4)]
+    records += [record(0, "before", 20), record(0, "before", 20, ranker_epochs=1)]
     records += [record(60, "diagnosis", 33), record(60, "adagrpo-2,draws=8", 34)]
     for changes in ({"ranker": "exposure"}, {"ranker": "noise"}, {"bias": 0.0}):
         for arm in ("before", "nll", "mix-1", "adagrpo"):

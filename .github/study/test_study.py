@@ -373,6 +373,18 @@ def test_clicks_are_learned_and_nothing_else_of_the_feed(prepared, monkeypatch):
         clicked.remove(tuple(row))  # ValueError: not clicked, or learned twice
 
 
+@pytest.mark.parametrize(
+    ("name", "times"), [("adagrpo-2,clicks=1", 1), ("clicks", 1), ("adagrpo", 0)]
+)
+def test_any_arm_can_learn_the_clicks_first(prepared, monkeypatch, name, times):
+    shop, start, ranker = prepared
+    order = []
+    monkeypatch.setattr(study, "learn_clicks", lambda *_: order.append("clicks"))
+    monkeypatch.setattr(adagrpo, "post_train", lambda *_: order.append("post"))
+    study.post_trained(study.parse_arm(name, CONFIG), shop, start, ranker)
+    assert order == ["clicks"] * times + ["post"]
+
+
 def test_whole_sequences_are_learned(prepared):
     """The likelihood of every purchase that the policy can read rises, not only of the
     last.
@@ -439,6 +451,20 @@ def test_a_world_of_its_own(monkeypatch):
     shop, _, ranker = study.prepare(CONFIG, WORLD | {"ranker": "rates"})
     scores = ranker.click_probability(None, torch.tensor([[rarely, often]]))[0]
     assert scores.numpy() == pytest.approx(study.click_rates(shop)[[rarely, often]])
+
+
+def test_everybodys_histories_are_pre_trained_on(monkeypatch):
+    """Nine purchases of each user as 8 + 1, and nobody's target."""
+    monkeypatch.setattr(adagrpo, "train_ranker", lambda shop, config: None)
+    monkeypatch.setattr(adagrpo, "pretrain", lambda shop, config: shop)
+    fair, _, _ = study.prepare(CONFIG, WORLD)
+    shop, given, _ = study.prepare(CONFIG, WORLD | {"everybody": True})
+    assert given is shop
+    rows = np.column_stack([shop.pretrain.history, shop.pretrain.target])
+    old = np.column_stack([fair.pretrain.history, fair.pretrain.target])
+    new = np.concatenate([shop.validation.history, shop.test.history])
+    assert np.array_equal(rows, np.concatenate([old, new]))
+    assert len(shop.pretrain.kind) == len(rows)
 
 
 @pytest.mark.parametrize("correlation", [0.5, 0.0])
@@ -767,7 +793,10 @@ def test_the_defaults_are_those_of_the_evidence(ran, tmp_path):
         "mix-1",
         "adagrpo",
     ]
-    assert records[0]["world"] == evidence.DEFAULTS
+    study_main(tmp_path / "runs.jsonl", "--seeds", "1", "--everybody")
+    everybody = lines_of(tmp_path / "runs.jsonl")[-1]["world"]
+    assert records[0]["world"] | {"everybody": False} == evidence.DEFAULTS
+    assert everybody == records[0]["world"] | {"everybody": True}
 
 
 @pytest.mark.parametrize(
