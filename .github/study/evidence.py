@@ -61,7 +61,10 @@ ARMS += [
     "spread-3.3",
     "oracle-1.6",
 ]
-ARMS += ["adagrpo-2.5", "adagrpo", "adagrpo-10", "adagrpo,clicks=1"]
+ARMS += ["adagrpo-2.5", "adagrpo", "adagrpo-10"]
+FEW = ["nll", "clicks", MIXTURE, "mix-1", *CLAIMS[4], *CLAIMS[3], "level-3.5"]
+FEW += ["spread-3.3", "oracle-1.6", "adagrpo"]  # for the longer tables
+AFTER_CLICKS = ["clicks", "mix-0.3,clicks=1", "random,clicks=1", "adagrpo,clicks=1"]
 
 STRATA = [
     f"{sure}, {often}"
@@ -489,23 +492,24 @@ def tables_of(
     }
     settings = [arm for _, arm in main.runs if "adagrpo" in arm and "," in arm]
     drawn = [arm for _, arm in main.runs if "draws" in arm]
-    settings = sorted(set(settings) - set(drawn) - set(ARMS))
+    settings = sorted(set(settings) - set(drawn) - set(AFTER_CLICKS), key=natural)
     drawn = sorted(set(drawn))
     gates = ["mix-0.1", "mix-0.3", "mix-1", "mix-3", "random", "level-3.5", "adagrpo"]
     return {
         "short": arms_table(main, SHORT),
         "claims": claims_table(main),
-        "arms": arms_table(main, ARMS),
+        "arms": arms_table(main, [*ARMS, *AFTER_CLICKS[1:]]),
         "leads": leads_table(main, "adagrpo", ARMS),
         "valid": valid_table(main, SHORT),
         "strata": groups_table(main, exposure, STRATA),
-        "kinds": kinds_table(main, ARMS),
+        "clicks": leads_table(main, AFTER_CLICKS[-1], AFTER_CLICKS),
+        "kinds": kinds_table(main, ["before", *FEW]),
         "premise": premise_table(main),
         "rankers": rankers_table(rankers, ["mix-0.3", "mix-1", "random", "adagrpo"]),
         "worlds": variations_table(worlds, gates),
         "settings": arms_table(main, ["nll", "adagrpo", *settings]),
         "drawn": arms_table(main, ["nll", *drawn]),
-        "training": training_table(main, [*ARMS, *settings, *drawn]),
+        "training": training_table(main, [*FEW, *drawn]),
         "development": development_table(development),
         "pretraining": grid_table(
             development, "nll", "alone", (), ("pretrain_lr", "pretrain_epochs")

@@ -14,7 +14,8 @@ any settings of adagrpo.py behind commas: adagrpo-5,epochs=6,lr=1e-3. The rules:
   oracle    trend users, by the truth
   distil    no RL: cross-entropy of the policy's 32 beams to p exp(w r), in the place of
             GRPO; distil-1,w=8. gated-distil-3,w=8: behind the gate
-  clicks    NLL on the feed's clicks first, then as nll; clicks,steps=1600,click_lr=3e-4
+  clicks    NLL on the feed's clicks first, then as nll; 1,600 steps of 128 are all of
+            them. clicks,steps=400,passes=2,click_lr=3e-4
   whole     next-token NLL on the post-training users' whole sequences, then as nll
   before    no post-training; it also holds what can be known before it
   diagnosis nll, and what .github/diagnose.py says of its validation users
@@ -69,7 +70,8 @@ RANKERS = ("clicks", "rates", "exposure", "noise")
 # Settings of adagrpo.py that an arm can change, and settings of its own.
 SETTINGS = {"epochs": int, "batch": int, "lr": float, "group": int}
 SETTINGS |= {"min_difficulty": float, "min_discriminability": float}
-EXTRA = {"w": 8.0, "steps": 1600, "click_lr": 3e-4, "clicks": 0, "draws": 0}
+EXTRA = {"w": 8.0, "draws": 0, "clicks": 0}
+EXTRA |= {"steps": 1600, "passes": 1, "click_lr": 3e-4}  # of learning the clicks
 
 
 class Arm(NamedTuple):
@@ -302,7 +304,8 @@ def learn_clicks(policy: Policy, shop: Shop, arm: Arm) -> None:
     slate = slate[picked]
     target = shop.shown[slate, place[picked]]
     clicks = Split(shop.feed_history[slate], target, np.zeros_like(target))
-    config = replace(arm.config, batch=batch, epochs=1, lr=arm.extra["click_lr"])
+    passes = arm.extra["passes"]
+    config = replace(arm.config, batch=batch, epochs=passes, lr=arm.extra["click_lr"])
     adagrpo.post_train(policy, None, clicks, None, 0.0, config)
 
 

@@ -44,7 +44,7 @@ def main_records(seeds: tuple[int, ...] = (60, 61, 62)) -> list[dict]:
     """All arms; from seed to seed every level rises by 0.1."""
     records = []
     for seed in seeds:
-        for arm in evidence.ARMS:
+        for arm in dict.fromkeys(evidence.ARMS + evidence.AFTER_CLICKS):
             level = LEVEL.get(arm, 33.2) + 0.1 * (seed - 60)
             records.append(record(seed, arm, level))
     return records
@@ -295,6 +295,7 @@ def test_rankers_and_worlds_stand_beside_the_main_study_on_their_seeds(tmp_path)
 
 def test_every_arm_with_settings_or_draws_has_a_row(tmp_path):
     arms = ["adagrpo,lr=1e-3", "adagrpo-2,draws=8", "adagrpo,draws=8,epochs=2"]
+    arms += ["adagrpo,clicks=1"]  # stands elsewhere
     records = [*main_records(), *[record(60, arm, 36) for arm in arms]]
     main, variations, _ = evidence.read([write(tmp_path / "a.jsonl", records)])
     tables = evidence.tables_of(main, variations, [])
@@ -303,7 +304,7 @@ def test_every_arm_with_settings_or_draws_has_a_row(tmp_path):
     drawn = [row[0] for row in cells(tables["drawn"])]
     assert drawn == ["nll", "adagrpo,draws=8,epochs=2", "adagrpo-2,draws=8"]
     training = [row[0] for row in cells(tables["training"])]
-    assert training[-3:] == [arms[0], *drawn[1:]]
+    assert training[-3:] == ["adagrpo", *drawn[1:]]
 
 
 # ------------------------------------------------------------------------- RESULTS.md

@@ -355,12 +355,12 @@ def test_clicks_are_learned_and_nothing_else_of_the_feed(prepared, monkeypatch):
     shop, start, _ = prepared
     calls = []
     monkeypatch.setattr(adagrpo, "post_train", lambda *call: calls.append(call))
-    arm = study.parse_arm("clicks,steps=3,click_lr=0.5", CONFIG)
+    arm = study.parse_arm("clicks,steps=3,click_lr=0.5,passes=2", CONFIG)
     study.learn_clicks(start, shop, arm)
     ((policy, _, split, rule, _, config),) = calls
     assert policy is start
     assert rule is None
-    assert (config.lr, config.epochs, config.batch) == (0.5, 1, CONFIG.pretrain_batch)
+    assert (config.lr, config.epochs, config.batch) == (0.5, 2, CONFIG.pretrain_batch)
 
     clicked = []
     for user, items, clicks in zip(
