@@ -50,7 +50,7 @@ CLAIMS = {
     3: ["random", "difficulty-0.7", "difficulty-2.2", "discriminability-1.6"],
     4: ["distil-1,w=4", "gated-distil-10,w=4"],
 }
-SHORT = ["nll", MIXTURE, "random", "level-3.5", "adagrpo"]
+SHORT = ["nll", "clicks", MIXTURE, "random", "level-3.5", "adagrpo", "adagrpo,clicks=1"]
 ARMS = ["before", "nll", "nll,epochs=4", "whole", "clicks", "mix-0.1", *CLAIMS[2]]
 ARMS += [
     "mix-1",
@@ -61,10 +61,9 @@ ARMS += [
     "spread-3.3",
     "oracle-1.6",
 ]
-ARMS += ["adagrpo-2.5", "adagrpo", "adagrpo-10"]
-FEW = ["nll", "clicks", MIXTURE, "mix-1", *CLAIMS[4], *CLAIMS[3], "level-3.5"]
-FEW += ["spread-3.3", "oracle-1.6", "adagrpo"]  # for the longer tables
+ARMS += ["adagrpo"]
 AFTER_CLICKS = ["clicks", "mix-0.3,clicks=1", "random,clicks=1", "adagrpo,clicks=1"]
+GATES = ["mix-1", "difficulty-2.2", "discriminability-1.6", "spread-3.3", "oracle-1.6"]
 
 STRATA = [
     f"{sure}, {often}"
@@ -242,9 +241,26 @@ def arms_table(study: Study, arms: list[str]) -> str:
             row.append(against_nll(study, arm, metric))
         row.append(median_and_range(study.levels(arm, "hallucination")))
         row.append(f"{np.median(study.levels(arm, 'w', 'validation')):g}")
+        row.append("-")
+        if arm != "adagrpo":
+            row[-1] = plus_minus(study.gain("adagrpo", arm), "+")
         rows.append(row)
     head = ["arm", "HR@10 alone", "HR@10 fused", "NDCG@10", "recall@32"]
-    return table([*head, "hallucination, %", "w"], rows)
+    return table([*head, "hallucination, %", "w", "adagrpo less it, alone"], rows)
+
+
+def settings_table(study: Study, arms: list[str]) -> str:
+    """Other settings of an arm: what they gain, and less the default on their seeds."""
+    rows = []
+    for arm in arms:
+        row = [arm, str(len(study.level(arm, "hr@10")))]
+        row.append(plus_minus(study.levels(arm, "admitted", "training")))
+        row.append(plus_minus(study.gain(arm), "+"))
+        row.append(plus_minus(study.gain(arm, "adagrpo"), "+"))
+        row.append(plus_minus(study.gain(arm, "adagrpo", "hr@10 fused"), "+"))
+        rows.append(row)
+    head = ["arm", "seeds", "admitted, %", "over nll", "less adagrpo"]
+    return table([*head, "less adagrpo, fused"], rows)
 
 
 def leads_table(study: Study, ours: str, arms: list[str]) -> str:
@@ -451,7 +467,7 @@ def draw(main: Study, arms: list[str], file: Path) -> None:
         means = [mean for mean, _ in levels]
         halves = [half for _, half in levels]
         axes.bar(place + shift, means, 0.38, yerr=halves, label=label, color=colour)
-    axes.set_xticks(place, arms)
+    axes.set_xticks(place, [arm.replace(",", "\n") for arm in arms])
     axes.set_ylabel("HR@10, %")
     axes.set_ylim(bottom=40)
     axes.legend(frameon=False, loc="upper left", ncols=2)
@@ -490,26 +506,26 @@ def tables_of(
         "18,000 viewers": variation(studies, viewers=18_000),
         "gradients cut at 50": variation(studies, max_grad_norm=50.0),
     }
-    settings = [arm for _, arm in main.runs if "adagrpo" in arm and "," in arm]
+    settings = [arm for _, arm in main.runs if arm.startswith("adagrpo")]
     drawn = [arm for _, arm in main.runs if "draws" in arm]
-    settings = sorted(set(settings) - set(drawn) - set(AFTER_CLICKS), key=natural)
-    drawn = sorted(set(drawn))
+    settings = set(settings) - set(drawn) - set(SHORT)
+    drawn = sorted(set(drawn), key=natural)
     gates = ["mix-0.1", "mix-0.3", "mix-1", "mix-3", "random", "level-3.5", "adagrpo"]
     return {
         "short": arms_table(main, SHORT),
         "claims": claims_table(main),
         "arms": arms_table(main, [*ARMS, *AFTER_CLICKS[1:]]),
-        "leads": leads_table(main, "adagrpo", ARMS),
-        "valid": valid_table(main, SHORT),
+        "leads": leads_table(main, "adagrpo", [*SHORT, *GATES]),
+        "valid": valid_table(main, ["nll", "clicks", "level-3.5", "adagrpo"]),
         "strata": groups_table(main, exposure, STRATA),
         "clicks": leads_table(main, AFTER_CLICKS[-1], AFTER_CLICKS),
-        "kinds": kinds_table(main, ["before", *FEW]),
+        "kinds": kinds_table(main, ["before", *SHORT, *GATES]),
         "premise": premise_table(main),
         "rankers": rankers_table(rankers, ["mix-0.3", "mix-1", "random", "adagrpo"]),
         "worlds": variations_table(worlds, gates),
-        "settings": arms_table(main, ["nll", "adagrpo", *settings]),
+        "settings": settings_table(main, sorted(settings, key=natural)),
         "drawn": arms_table(main, ["nll", *drawn]),
-        "training": training_table(main, [*FEW, *drawn]),
+        "training": training_table(main, [*SHORT, *GATES, *drawn]),
         "development": development_table(development),
         "pretraining": grid_table(
             development, "nll", "alone", (), ("pretrain_lr", "pretrain_epochs")
