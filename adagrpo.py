@@ -84,7 +84,7 @@ def adagrpo_gate(
     """Eq. (2)-(4): admit GRPO where the policy finds it hard and the ranker is clear.
 
     How to choose the thresholds: min_difficulty = k / G means "not among the first k";
-    min_discriminability is about a tenth of the std of your scores. Draws have no
+    min_discriminability is about a tenth of the std of your scores in a group. Draws have no
     order: with ranked=False the difficulty is the share of misses, so that for 8 draws
     0.9 means "no hit". A score of target or negative that is nan or infinite closes the
     gate. Source: the paper's two diagnostics and 0/1 gate; the formulas are ours.
