@@ -84,7 +84,7 @@ def adagrpo_gate(
     """Eq. (2)-(4): admit GRPO where the policy finds it hard and the ranker is clear.
 
     How to choose the thresholds: min_difficulty = k / G means "not among the first k";
-    min_discriminability is about a tenth of the std of your scores in a group. Draws have no
+    min_discriminability is about a tenth of the scores' std in a group. Draws have no
     order: with ranked=False the difficulty is the share of misses, so that for 8 draws
     0.9 means "no hit". A score of target or negative that is nan or infinite closes the
     gate. Source: the paper's two diagnostics and 0/1 gate; the formulas are ours.
@@ -118,7 +118,7 @@ def group_advantages(rewards: Tensor) -> Tensor:
     """Eq. (5): rewards (B, G) -> standardised in each group (B, G), without gradient.
 
     A group that is flat up to rounding gets exactly 0, and so does one with a reward
-    that is not finite. If your scores can be negative, a hallucination has to score below
+    that is not finite. If scores can be negative, a hallucination has to score below
     every item: by one std of the scores, say. Source: GRPO; flat groups are ours.
     """
     rewards = rewards.detach().float()
