@@ -62,7 +62,10 @@ ARMS += [
     "oracle-1.6",
 ]
 ARMS += ["adagrpo"]
-AFTER_CLICKS = ["clicks", "mix-0.3,clicks=1", "random,clicks=1", "adagrpo,clicks=1"]
+AFTER_CLICKS = ["clicks", "mix-0.3,clicks=1", "random,clicks=1", "level-3.5,clicks=1"]
+AFTER_CLICKS += ["adagrpo,clicks=1"]
+FIRST = ["nll", "nll,epochs=4", "clicks", MIXTURE, "gated-distil-10,w=4", "random"]
+FIRST += ["level-3.5", "adagrpo", "adagrpo,clicks=1"]
 GATES = ["mix-1", "difficulty-2.2", "discriminability-1.6", "spread-3.3", "oracle-1.6"]
 
 STRATA = [
@@ -304,13 +307,13 @@ def groups_table(main: Study, exposure: Study, groups: list[str]) -> str:
         row.append(plus_minus(main.levels("before", "hr@10", group)))
         row.append(plus_minus(main.added("before", group), "+"))
         row.append(plus_minus(main.levels("nll", "hr@10", group)))
-        for arm in (MIXTURE, "mix-1", "adagrpo"):
+        for arm in (MIXTURE, "mix-1", "random", "adagrpo"):
             row.append(against_nll(main, arm, group=group))
         for arm in ("mix-1", "adagrpo"):
             row.append(against_nll(exposure, arm, group=group))
         rows.append(row)
-    head = ["users", "%", "before", "ranker adds", "nll", MIXTURE, "mix-1", "adagrpo"]
-    return table([*head, "mix-1, exposure", "adagrpo, exposure"], rows)
+    head = ["users", "%", "before", "ranker adds", "nll", MIXTURE, "mix-1", "random"]
+    return table([*head, "adagrpo", "mix-1, exposure", "adagrpo, exposure"], rows)
 
 
 def kinds_table(study: Study, arms: list[str]) -> str:
@@ -319,15 +322,6 @@ def kinds_table(study: Study, arms: list[str]) -> str:
         if study.levels(arm, "hr@10"):
             rows.append([arm, *[against_nll(study, arm, group=g) for g in KINDS]])
     return table(["arm", *KINDS], rows)
-
-
-def premise_table(main: Study) -> str:
-    rows = []
-    metrics = ("share", "hr@10", "hr@10 fused", "hard", "clear", "admit")
-    for group in (*KINDS, "all"):
-        levels = [main.levels("before", metric, group) for metric in metrics]
-        rows.append([group, *[plus_minus(values) for values in levels]])
-    return table(["users", *metrics], rows)
 
 
 def rankers_table(rankers: dict[str, Study], arms: list[str]) -> str:
@@ -347,9 +341,13 @@ def rankers_table(rankers: dict[str, Study], arms: list[str]) -> str:
         row.append(plus_minus(study.added("before"), "+"))
         row.append(plus_minus(study.added("nll"), "+"))
         row += [against_nll(study, arm) for arm in arms]
+        for arm in arms[-2:]:
+            admitted = study.levels(arm, "admitted", "training")
+            row.append(f"{np.mean(admitted):.0f}" if admitted else "-")
         rows.append([*row, ", ".join(counts) or "-"])
-    head = ["ranker", "seeds", "adds before", "adds after NLL", *arms, "diagnosis"]
-    return table(head, rows)
+    head = ["ranker", "seeds", "adds before", "adds after NLL", *arms]
+    head += [f"{arm} admits, %" for arm in arms[-2:]]
+    return table([*head, "diagnosis"], rows)
 
 
 def variations_table(studies: dict[str, Study], arms: list[str]) -> str:
@@ -434,17 +432,6 @@ def grid_table(
     return table(head, [[f"{cell}" for cell in row] for row in rows])
 
 
-def seeds_table(main: Study, arms: list[str]) -> str:
-    rows = []
-    for seed in sorted(main.seeds()):
-        row = [str(seed)]
-        for arm in arms:
-            row.append(f"{main.level(arm, 'hr@10').get(seed, math.nan):.2f}")
-        row.append(f"{main.level('nll', 'hr@10 fused').get(seed, math.nan):.2f}")
-        rows.append(row)
-    return table(["seed", *arms, "nll fused"], rows)
-
-
 # ------------------------------------------------------------------------------ picture
 
 
@@ -510,9 +497,9 @@ def tables_of(
     drawn = [arm for _, arm in main.runs if "draws" in arm]
     settings = set(settings) - set(drawn) - set(SHORT)
     drawn = sorted(set(drawn), key=natural)
-    gates = ["mix-0.1", "mix-0.3", "mix-1", "mix-3", "random", "level-3.5", "adagrpo"]
+    gates = ["mix-0.3", "mix-1", "random", "level-3.5", "adagrpo"]
     return {
-        "short": arms_table(main, SHORT),
+        "first": arms_table(main, FIRST),
         "claims": claims_table(main),
         "arms": arms_table(main, [*ARMS, *AFTER_CLICKS[1:]]),
         "leads": leads_table(main, "adagrpo", [*SHORT, *GATES]),
@@ -520,9 +507,8 @@ def tables_of(
         "strata": groups_table(main, exposure, STRATA),
         "clicks": leads_table(main, AFTER_CLICKS[-1], AFTER_CLICKS),
         "kinds": kinds_table(main, ["before", *SHORT, *GATES]),
-        "premise": premise_table(main),
-        "rankers": rankers_table(rankers, ["mix-0.3", "mix-1", "random", "adagrpo"]),
-        "worlds": variations_table(worlds, gates),
+        "rankers": rankers_table(rankers, gates),
+        "worlds": variations_table(worlds, ["mix-0.1", *gates, "mix-3"]),
         "settings": settings_table(main, sorted(settings, key=natural)),
         "drawn": arms_table(main, ["nll", *drawn]),
         "training": training_table(main, [*SHORT, *GATES, *drawn]),
@@ -533,7 +519,6 @@ def tables_of(
         "passes": grid_table(
             development, "before", "fused", ("slates",), ("ranker_epochs",)
         ),
-        "seeds": seeds_table(main, SHORT),
     }
 
 
