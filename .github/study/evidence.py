@@ -287,18 +287,6 @@ def leads_table(study: Study, ours: str, arms: list[str]) -> str:
     return table([*head, "simulated dwell, s"], rows)
 
 
-def valid_table(study: Study, arms: list[str]) -> str:
-    """HR@10 as it is, if IDs that name no item are dropped, and with a table."""
-    rows = []
-    for arm in arms:
-        row = [arm]
-        for metric in ("hr@10", "hr@10 valid", "hr@10 table"):
-            row.append(against_nll(study, arm, metric))
-        rows.append(row)
-    head = ["arm", "HR@10", "only items in the list", "with a table of click rates"]
-    return table(head, rows)
-
-
 def groups_table(main: Study, exposure: Study, groups: list[str]) -> str:
     """What the ranker adds before training, and what arms gain after it, by group."""
     rows = []
@@ -503,7 +491,6 @@ def tables_of(
         "claims": claims_table(main),
         "arms": arms_table(main, [*ARMS, *AFTER_CLICKS[1:]]),
         "leads": leads_table(main, "adagrpo", [*SHORT, *GATES]),
-        "valid": valid_table(main, ["nll", "clicks", "level-3.5", "adagrpo"]),
         "strata": groups_table(main, exposure, STRATA),
         "clicks": leads_table(main, AFTER_CLICKS[-1], AFTER_CLICKS),
         "kinds": kinds_table(main, ["before", *SHORT, *GATES]),
