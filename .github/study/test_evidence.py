@@ -371,7 +371,7 @@ HERE = Path(__file__).resolve().parent
 RECORDS = HERE / "records.jsonl"
 ROWS = {
     "NLL": "nll",
-    "NLL on the feed's clicks first": "clicks",
+    "NLL on the ranker's clicks first": "clicks",
     "best fixed mixture": evidence.MIXTURE,
     "random gate": "random",
     "level gate": "level-3.5",
