@@ -22,13 +22,20 @@ for epochs in 3 6 12; do $tune --slates 20000 --ranker_epochs $epochs --arms bef
 for epochs in 2 3 6; do $tune --ranker_epochs $epochs --arms before; done
 $study --seeds $(seq 60 69) --arms before nll adagrpo mix-0.3 nll,epochs=4 random level-3.5 mix-1 mix-0.1 \
   distil-1,w=4 gated-distil-10,w=4 difficulty-0.7 difficulty-2.2 discriminability-1.6 mix-0.3,epochs=4 whole \
-  spread-3.3 oracle-1.6 clicks adagrpo,clicks=1 mix-0.3,clicks=1 random,clicks=1 mix-0.3,draws=8 mix-0.3,draws=32 \
+  spread-3.3 oracle-1.6 clicks adagrpo,clicks=1 mix-0.3,clicks=1 random,clicks=1 level-3.5,clicks=1 mix-0.3,draws=8 mix-0.3,draws=32 \
   adagrpo-2,draws=8,min_difficulty=0.9 adagrpo-2,draws=32,min_difficulty=0.9
 some="$study --seeds 60 61 62 63"
 $some --arms diagnosis diagnosis,clicks=1 mix-3 adagrpo-2.5 adagrpo-10 adagrpo,min_discriminability=0 \
   adagrpo,min_discriminability=0.003 adagrpo,min_discriminability=0.03 adagrpo,min_discriminability=0.1 \
   adagrpo,min_difficulty=0.15 adagrpo,min_difficulty=0.6
-gates="before nll adagrpo mix-0.3 mix-1 diagnosis random"
+gates="before nll adagrpo mix-0.3 mix-1 diagnosis random level-3.5"
 for ranker in rates exposure noise; do $some --ranker $ranker --arms $gates; done
 for slates in 60000 20000; do $some --slates $slates --ranker_epochs 6 --arms $gates; done
 for bias in 0 0.5; do $some --bias $bias --arms nll adagrpo mix-0.1 mix-0.3 mix-1 mix-3 random level-3.5; done
+for passes in 4 24; do $some --pretrain_epochs $passes --arms nll adagrpo mix-0.3 mix-1; done
+$study --seeds 60 61 62 --everybody --arms nll adagrpo mix-0.3 mix-1
+for correlation in 0 1; do $some --season_correlation $correlation --arms nll adagrpo mix-0.3; done
+$some --max_grad_norm 50 --arms nll adagrpo mix-1
+for setting in "epochs 4" "epochs 24" "lr 3e-3" "lr 1e-2"; do
+  $study --validation --seeds 0 1 2 --pretrain_$setting --arms nll
+done

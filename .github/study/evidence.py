@@ -493,12 +493,12 @@ def tables_of(
         "leads": leads_table(main, "adagrpo", [*SHORT, *GATES]),
         "strata": groups_table(main, exposure, STRATA),
         "clicks": leads_table(main, AFTER_CLICKS[-1], AFTER_CLICKS),
-        "kinds": kinds_table(main, ["before", *SHORT, *GATES]),
+        "kinds": kinds_table(main, [*SHORT, *GATES]),
         "rankers": rankers_table(rankers, gates),
         "worlds": variations_table(worlds, ["mix-0.1", *gates, "mix-3"]),
         "settings": settings_table(main, sorted(settings, key=natural)),
         "drawn": arms_table(main, ["nll", *drawn]),
-        "training": training_table(main, [*SHORT, *GATES, *drawn]),
+        "training": training_table(main, ["adagrpo", "level-3.5", *GATES, *drawn]),
         "development": development_table(development),
         "pretraining": grid_table(
             development, "nll", "alone", (), ("pretrain_lr", "pretrain_epochs")
