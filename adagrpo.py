@@ -151,9 +151,9 @@ def adagrpo_loss(nll: Tensor, grpo: Tensor, admit: Tensor, weight: float) -> Ten
     """Eq. (7): nll (B,), grpo (B,), admit (B,) bool -> a scalar.
 
     GRPO teaches the RANKER'S order of the group. The true item, which need not be in
-    it, only decides whether to listen. The mean is over all samples,
-    so GRPO counts with weight * admission rate, its dose. The NLL is a SUM over the
-    item's L tokens, like logp. Source: the paper's idea; weight and denominator ours.
+    it, only decides whether to listen. The mean is over all samples, so GRPO counts
+    with weight * admission rate, its dose. The NLL is a SUM over the item's L tokens,
+    like logp. Source: the paper's idea; weight and denominator ours.
     """
     return (nll + weight * torch.where(admit, grpo, 0.0)).mean()
 

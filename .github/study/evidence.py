@@ -52,16 +52,8 @@ CLAIMS = {
 }
 SHORT = ["nll", "clicks", MIXTURE, "random", "level-3.5", "adagrpo", "adagrpo,clicks=1"]
 ARMS = ["before", "nll", "nll,epochs=4", "whole", "clicks", "mix-0.1", *CLAIMS[2]]
-ARMS += [
-    "mix-1",
-    "mix-3",
-    *CLAIMS[4],
-    *CLAIMS[3],
-    "level-3.5",
-    "spread-3.3",
-    "oracle-1.6",
-]
-ARMS += ["adagrpo"]
+ARMS += ["mix-1", "mix-3", *CLAIMS[4], *CLAIMS[3], "level-3.5", "spread-3.3"]
+ARMS += ["oracle-1.6", "adagrpo"]
 AFTER_CLICKS = ["clicks", "mix-0.3,clicks=1", "random,clicks=1", "level-3.5,clicks=1"]
 AFTER_CLICKS += ["adagrpo,clicks=1"]
 FIRST = ["nll", "nll,epochs=4", "clicks", MIXTURE, "gated-distil-10,w=4", "random"]
@@ -417,7 +409,7 @@ def grid_table(
             rows.append([*settings, mean, plus_minus(gains, "+")])
     rows.sort(key=lambda row: row[: len(fixed) + len(tuned)])
     head = [*fixed, *tuned, f"HR@10, {arm}", "less the default's"]
-    return table(head, [[f"{cell}" for cell in row] for row in rows])
+    return table(head, [[str(cell) for cell in row] for row in rows])
 
 
 # ------------------------------------------------------------------------------ picture
